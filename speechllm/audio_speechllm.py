@@ -1,0 +1,182 @@
+"""From whatever a user calls audio to what an encoder hears: mono float32 at 16 kHz.
+
+`load_audio` takes a path, the bytes of an audio file, a NumPy array, a torch tensor, or a row of a `datasets` audio
+column. `soundfile` decodes (the content decides the format, not the name) and `torchaudio` resamples. Audio that no
+recogniser could make sense of raises an `AudioError`, so that training can set the utterance aside and count it.
+"""
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+try:
+    import soundfile
+except ImportError:
+    soundfile = None
+try:
+    from torchaudio.functional import resample
+except (ImportError, OSError):  # torchaudio raises OSError beside a torch build that it was not made for
+    resample = None
+
+from .configuration_speechllm import SAMPLING_RATE
+
+
+LOWEST_RATE, HIGHEST_RATE = 4_000, 384_000  # Hz
+LARGEST_CLIPPED_FRACTION = 0.3  # of the samples at the peak value; loud but usable recordings stay below a few percent
+SILENCE = 1e-5  # largest difference between samples of a silent recording (-100 dBFS)
+
+AudioSource = str | os.PathLike | bytes | np.ndarray | torch.Tensor | dict[str, Any]
+
+
+class AudioError(ValueError):
+    """Audio that cannot be used; the message names the item, the cause and the remedy."""
+
+
+def load_audio(source: AudioSource, sampling_rate: int | None = None, name: str | None = None) -> np.ndarray:
+    """Decode, check, mix down and resample.
+
+    Args:
+        source: path, bytes of an audio file, samples of shape (time,), (channels, time) or (time, channels) as floats
+            in [-1, 1] or integers, or a dict with `array` and `sampling_rate`, with `bytes`, or with `path`.
+        sampling_rate: of samples, in Hz; 16,000 if not given. A file knows its own.
+        name: what error messages call this item; default: the path or the kind of source.
+
+    Returns:
+        (samples,) float32 at 16 kHz.
+
+    Raises:
+        AudioError: if the source is missing, empty, not audio, truncated, silent, clipped beyond use, of more than two
+            channels or of an impossible sampling rate, or has samples that are not finite.
+    """
+    if isinstance(source, dict):
+        if source.get("array") is not None:
+            return load_audio(source["array"], source.get("sampling_rate", sampling_rate), name or source.get("path"))
+        inner = source.get("bytes") or source.get("path")
+        if not inner:
+            raise AudioError(f"{name or 'The audio'} is a dict without `array`, `bytes` or `path`. Give one of them.")
+        return load_audio(inner, sampling_rate, name or source.get("path"))
+    if isinstance(source, str | os.PathLike):
+        name = name or str(source)
+        samples, rate = _decode(_read(source, name), name)
+    elif isinstance(source, bytes | bytearray | memoryview):
+        name = name or "the audio bytes"
+        samples, rate = _decode(bytes(source), name)
+    elif isinstance(source, np.ndarray | torch.Tensor | list | tuple):
+        name = name or "the audio array"
+        samples, rate = _as_samples(source, name), SAMPLING_RATE if sampling_rate is None else sampling_rate
+    else:
+        raise AudioError(
+            f"{name or 'The audio'} is a {type(source).__name__}. Give a path, bytes, a NumPy array or a torch tensor."
+        )
+    return _checked(_resampled(_mono(samples, name), rate, name), name)
+
+
+def _read(path: str | os.PathLike, name: str) -> bytes:
+    if str(path).startswith(("http://", "https://")):
+        raise AudioError(f"{name} is an address. Download it first and give the file's path.")
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise AudioError(f"{name}: there is no such file. Check the path.") from None
+    except OSError as error:
+        raise AudioError(f"{name} cannot be read: {error.strerror}. Check the path and its permissions.") from None
+
+
+def _decode(data: bytes, name: str) -> tuple[np.ndarray, int]:
+    """Bytes of an audio file -> samples (time, channels), sampling rate."""
+    if soundfile is None:
+        raise AudioError(f"{name} cannot be decoded: the package soundfile is missing. Run `pip install soundfile`.")
+    if not data:
+        raise AudioError(f"{name} is an empty file. Record or download it again.")
+    if data[:4] == b"RIFF" and data[8:12] == b"WAVE":
+        declared = int.from_bytes(data[4:8], "little")
+        # Streams of unknown length declare 0 or the largest number; those are complete as they are.
+        if 0 < declared < 0xFFFFFF00 and declared > len(data) - 8 + 1:
+            raise AudioError(
+                f"{name} is truncated: its header promises {declared + 8:,} bytes, but there are {len(data):,}. "
+                "Download or copy it again."
+            )
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            samples = file.read(dtype="float32", always_2d=True)
+            rate, declared = file.samplerate, file.frames
+    except (soundfile.SoundFileError, RuntimeError, ValueError, MemoryError) as error:
+        reason = str(error).removeprefix("Error opening ").split(": ", 1)[-1].rstrip(".")
+        raise AudioError(
+            f"{name} is not audio that can be decoded ({reason}). Convert it to WAV, FLAC, Ogg or MP3, or download it "
+            "again if it was truncated."
+        ) from None
+    if 0 < declared < 2**62 and len(samples) < declared:
+        raise AudioError(
+            f"{name} is truncated: {len(samples):,} of {declared:,} samples could be decoded. Download it again."
+        )
+    return samples, rate
+
+
+def _as_samples(source: Any, name: str) -> np.ndarray:
+    samples = source.detach().cpu().float().numpy() if _is_low_precision(source) else np.asarray(source)
+    if samples.ndim not in (1, 2):
+        raise AudioError(f"{name} has shape {samples.shape}. Give (time,), (channels, time) or (time, channels).")
+    if np.issubdtype(samples.dtype, np.integer):
+        if samples.dtype == np.uint8:  # as in 8-bit WAV files
+            return (samples.astype(np.float32) - 128) / 128
+        return samples.astype(np.float32) / (np.iinfo(samples.dtype).max + 1.0)
+    if not np.issubdtype(samples.dtype, np.floating):
+        raise AudioError(f"{name} has elements of type {samples.dtype}. Give floats in [-1, 1] or integers.")
+    return samples.astype(np.float32)
+
+
+def _is_low_precision(source: Any) -> bool:
+    return isinstance(source, torch.Tensor) and source.dtype in (torch.bfloat16, torch.float16)
+
+
+def _mono(samples: np.ndarray, name: str) -> np.ndarray:
+    if samples.size == 0:
+        raise AudioError(f"{name} has no samples. Record or download it again.")
+    if samples.ndim == 1:
+        return samples
+    if samples.shape[0] < samples.shape[1]:
+        samples = samples.T
+    if samples.shape[1] > 2:
+        raise AudioError(
+            f"{name} has {samples.shape[1]} channels. Choose one or mix them down to mono or stereo first."
+        )
+    return samples.mean(axis=1)
+
+
+def _resampled(samples: np.ndarray, rate: float, name: str) -> np.ndarray:
+    if not LOWEST_RATE <= rate <= HIGHEST_RATE:
+        raise AudioError(
+            f"{name} has a sampling rate of {rate:,} Hz; {LOWEST_RATE:,} to {HIGHEST_RATE:,} Hz are possible for "
+            "speech. Correct the rate (or the file's header)."
+        )
+    if not np.isfinite(samples).all():
+        count = int((~np.isfinite(samples)).sum())
+        raise AudioError(f"{name} has {count:,} samples that are not finite numbers. Export it again without them.")
+    if rate == SAMPLING_RATE:
+        return samples
+    if resample is None:
+        raise AudioError(f"{name} is at {rate:,} Hz and torchaudio, which resamples, is missing: install torchaudio.")
+    return resample(torch.from_numpy(np.ascontiguousarray(samples)), round(rate), SAMPLING_RATE).numpy()
+
+
+def _checked(samples: np.ndarray, name: str) -> np.ndarray:
+    if np.ptp(samples) < SILENCE:
+        raise AudioError(f"{name} is silent: all of its {len(samples):,} samples are equal. Check the recording.")
+    magnitude = np.abs(samples)
+    peak = magnitude.max()
+    clipped = float((magnitude >= 0.999 * peak).mean())
+    if clipped > LARGEST_CLIPPED_FRACTION:
+        raise AudioError(
+            f"{name} is clipped: {clipped:.0%} of its samples are at the peak value, so no speech can be left in it. "
+            "Record it again at a lower level."
+        )
+    return samples
+
+
+__all__ = ["AudioError", "load_audio"]

@@ -1,0 +1,397 @@
+"""Processor of a SpeechLLM: audio and chats in, model inputs out.
+
+1. Audio is decoded, resampled and cut into segments of at most `segment_seconds` of equal length.
+2. Each segment becomes encoder features; the number of speech tokens that the model will make of it follows from its
+   length alone (`SpeechTokenRule`).
+3. In the prompt, the audio placeholder is repeated once per speech token, so that batching, padding, several audios in
+   one prompt and long audio are right by construction.
+
+The chat template is the LLM's own behind a few lines that turn an audio part of a message into the placeholder.
+"""
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoFeatureExtractor, AutoTokenizer, BatchFeature, ProcessorMixin
+
+from .audio_speechllm import AudioError, AudioSource, load_audio
+from .checkpoint_speechllm import add_audio_token, copy_hub_files
+from .configuration_speechllm import AUDIO_TOKEN, AUTO_MAP, SAMPLING_RATE, SpeechLLMConfig, SpeechTokenRule
+
+
+# Turns a list of parts into a string, as text-only templates expect; audio becomes the placeholder.
+AUDIO_PARTS_TEMPLATE = """\
+{%- set flat = namespace(messages=[]) -%}
+{%- for message in messages -%}
+    {%- if message.content is string or message.content is not defined or message.content is none -%}
+        {%- set flat.messages = flat.messages + [message] -%}
+    {%- else -%}
+        {%- set parts = namespace(text="") -%}
+        {%- for part in message.content -%}
+            {%- if part.type in ["audio", "audio_url", "input_audio"] -%}
+                {%- set parts.text = parts.text + "<|audio|>" -%}
+            {%- elif part.type == "text" -%}
+                {%- set parts.text = parts.text + part.text -%}
+            {%- else -%}
+                {{- raise_exception("A message has a part of type '" ~ part.type ~ "'; this model takes 'text' and 'audio'.") -}}
+            {%- endif -%}
+        {%- endfor -%}
+        {%- set flat.messages = flat.messages + [dict(message, content=parts.text)] -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- set messages = flat.messages -%}
+"""
+# For LLMs without a chat template of their own.
+PLAIN_TEMPLATE = """\
+{%- for message in messages -%}
+    {{- message.role | capitalize + ": " + message.content + "\\n" -}}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{- "Assistant: " -}}{% endif -%}
+"""
+
+
+class SpeechLLMProcessor(ProcessorMixin):
+    """Wraps the encoder's feature extractor and the LLM's tokenizer.
+
+    Args:
+        feature_extractor: of the speech encoder, at 16 kHz.
+        tokenizer: of the LLM; the audio placeholder is added to it if it is not there yet.
+        chat_template: Jinja template that takes messages with audio parts; default: the tokenizer's own, extended.
+        speech_token_rule: `SpeechLLMConfig.speech_token_rule` of the model, as a dict.
+        segment_seconds: longest stretch of audio that the encoder hears at once (at most 30 for Whisper).
+        context_seconds: see `SpeechLLMConfig`.
+    """
+
+    def __init__(
+        self,
+        feature_extractor,
+        tokenizer,
+        chat_template: str | None = None,
+        speech_token_rule: dict[str, Any] | None = None,
+        segment_seconds: float = 30.0,
+        context_seconds: float = 0.5,
+    ):
+        if feature_extractor.sampling_rate != SAMPLING_RATE:
+            raise ValueError(f"The feature extractor works at {feature_extractor.sampling_rate} Hz; 16,000 is needed.")
+        if speech_token_rule is None:
+            raise ValueError("Give `speech_token_rule=config.speech_token_rule.to_dict()` of the model's config.")
+        self.audio_token = AUDIO_TOKEN
+        self.audio_token_id = add_audio_token(tokenizer)
+        self.speech_token_rule = speech_token_rule
+        self.rule = SpeechTokenRule.from_dict(speech_token_rule)
+        self.segment_seconds = segment_seconds
+        self.context_seconds = context_seconds
+        if chat_template is None:
+            chat_template = AUDIO_PARTS_TEMPLATE + (tokenizer.chat_template or PLAIN_TEMPLATE)
+        super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_config(cls, config: SpeechLLMConfig, **kwargs) -> "SpeechLLMProcessor":
+        """The processor of a model made by `from_speech_text_pretrained`, from its base models."""
+
+        def load(auto_class, base):
+            return auto_class.from_pretrained(
+                base["id"], revision=None if os.path.isdir(base["id"]) else base["revision"]
+            )
+
+        return cls(
+            load(AutoFeatureExtractor, config.base_models["speech"]),
+            load(AutoTokenizer, config.base_models["text"]),
+            speech_token_rule=config.speech_token_rule.to_dict(),
+            context_seconds=config.context_seconds,
+            **kwargs,
+        )
+
+    @property
+    def is_log_mel(self) -> bool:
+        return self.rule.samples_per_step > 1
+
+    @property
+    def audio_input_name(self) -> str:
+        return "input_features" if self.is_log_mel else "input_values"
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", self.audio_input_name, f"{self.audio_input_name}_mask"]
+
+    # ---- audio -----------------------------------------------------------------------------------------------------
+
+    def segment_lengths(self, samples: int) -> list[int]:
+        """Samples of each segment that an audio of `samples` samples is cut into: equal but for rounding, so that no
+        short rest is left at the end."""
+        count = max(1, -(-samples // round(self.segment_seconds * SAMPLING_RATE)))
+        ends = [round(i * samples / count) for i in range(count + 1)]
+        return [end - start for start, end in zip(ends[:-1], ends[1:])]
+
+    def count_speech_tokens(self, samples: int) -> int:
+        """Speech tokens, hence placeholders, of an audio of `samples` samples at 16 kHz."""
+        return sum(self.rule.tokens(self.rule.frames(self.rule.steps(n))) for n in self.segment_lengths(samples))
+
+    def extract_features(
+        self, audio: AudioSource, sampling_rate: int | None = None, name: str | None = None
+    ) -> list[dict[str, torch.Tensor | int]]:
+        """Encoder input of each segment of one audio: `features` (samples,) or (log-mel bins, steps), and `steps`, the
+        number of them that hold the audio (Whisper's features go on for `context_seconds` of silence).
+
+        Raises:
+            AudioError: if the audio cannot be used, see `load_audio`, or is shorter than one encoder frame.
+        """
+        waveform = load_audio(audio, sampling_rate, name)
+        if len(waveform) < self.rule.shortest:
+            name = name or (str(audio) if isinstance(audio, str | os.PathLike) else "the audio")
+            raise AudioError(
+                f"{name} is too short: {len(waveform) / SAMPLING_RATE * 1000:.1f} ms, and the encoder needs at least "
+                f"{self.rule.shortest / SAMPLING_RATE * 1000:.1f} ms. Leave it out or pad it with silence."
+            )
+        segments, start = [], 0
+        for length in self.segment_lengths(len(waveform)):
+            segments.append(self._extract_segment(waveform[start : start + length]))
+            start += length
+        return segments
+
+    def _extract_segment(self, samples: np.ndarray) -> dict[str, torch.Tensor | int]:
+        extractor = self.feature_extractor
+        steps = self.rule.steps(len(samples))
+        if not self.is_log_mel:
+            features = extractor(samples, sampling_rate=SAMPLING_RATE, return_tensors="pt").input_values[0]
+            return {"features": features, "steps": steps}
+        # Rounded up to whole hops, so that every step that counts as audio has its log-mel frame.
+        heard = min(
+            steps * self.rule.samples_per_step + round(self.context_seconds * SAMPLING_RATE), extractor.n_samples
+        )
+        padded = np.pad(samples, (0, max(0, heard - len(samples))))
+        features = extractor(padded, sampling_rate=SAMPLING_RATE, padding="longest", return_tensors="pt")
+        return {"features": features.input_features[0], "steps": min(steps, features.input_features.shape[-1])}
+
+    def pad_features(self, segments: list[dict[str, torch.Tensor | int]]) -> dict[str, torch.Tensor]:
+        """Segments of `extract_features` -> `input_values` (segments, samples) or `input_features` (segments, bins,
+        steps), padded on the right, and its mask (segments, samples or steps)."""
+        size = max(segment["features"].shape[-1] for segment in segments)
+        features = torch.stack(
+            [torch.nn.functional.pad(s["features"], (0, size - s["features"].shape[-1])) for s in segments]
+        )
+        steps = torch.tensor([segment["steps"] for segment in segments])
+        mask = (torch.arange(size) < steps[:, None]).long()
+        return {self.audio_input_name: features, f"{self.audio_input_name}_mask": mask}
+
+    # ---- text ------------------------------------------------------------------------------------------------------
+
+    def expand_placeholders(self, texts: list[str], counts: list[int]) -> list[str]:
+        """Repeat the i-th placeholder of the texts `counts[i]` times.
+
+        Raises:
+            ValueError: if the texts hold more or fewer placeholders than there are counts.
+        """
+        found = [text.count(AUDIO_TOKEN) for text in texts]
+        if sum(found) != len(counts):
+            raise ValueError(
+                f"The texts hold {sum(found)} audio placeholders {AUDIO_TOKEN!r} ({found} per text), but {len(counts)} "
+                "audios were given. Put one placeholder, or one audio part of a chat message, where each audio belongs."
+            )
+        remaining = iter(counts)
+        expanded = []
+        for text in texts:
+            head, *tails = text.split(AUDIO_TOKEN)
+            expanded.append(head + "".join(AUDIO_TOKEN * next(remaining) + tail for tail in tails))
+        return expanded
+
+    def __call__(
+        self,
+        text: str | list[str] | None = None,
+        audio: AudioSource | list[AudioSource] | None = None,
+        sampling_rate: int | None = None,
+        return_tensors: str | None = None,
+        padding_side: str | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """Texts with placeholders and their audios -> model inputs.
+
+        Args:
+            text: prompts; each audio has one placeholder `<|audio|>`, in order.
+            audio: one audio or a list over all prompts (nested lists, one per prompt, are joined).
+            sampling_rate: of arrays and tensors, in Hz; default 16,000.
+            padding_side: `"left"`, the default, for generation; `"right"` for training.
+            kwargs: for the tokenizer (`padding`, `add_special_tokens`, ...). Truncation would cut placeholders: refused.
+
+        Raises:
+            AudioError: if an audio cannot be used.
+            ValueError: if audios and placeholders do not match.
+        """
+        if text is None and audio is None:
+            raise ValueError("Give `text`, or `text` and `audio`.")
+        segments = [self.extract_features(item, sampling_rate) for item in _flat_audios(audio)]
+        inputs = {}
+        if text is not None:
+            texts = [text] if isinstance(text, str) else list(text)
+            counts = [sum(self.rule.tokens(self.rule.frames(s["steps"])) for s in audio) for audio in segments]
+            kwargs.setdefault("padding", len(texts) > 1)
+            kwargs.setdefault("padding_side", padding_side or "left")
+            if kwargs.get("truncation"):
+                raise ValueError("Truncation could cut audio placeholders; shorten the text or the audio instead.")
+            inputs = dict(self.tokenizer(self.expand_placeholders(texts, counts), **kwargs))
+        tensor_type = return_tensors or ("pt" if segments else None)
+        batch = BatchFeature(inputs, tensor_type=tensor_type)
+        if segments:
+            batch.update(self.pad_features([segment for audio in segments for segment in audio]))
+        return batch
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        chat_template: str | None = None,
+        *,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_labels: bool = False,
+        return_tensors: str | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs,
+    ) -> str | list[str] | BatchFeature:
+        """Render one chat or several; with `tokenize=True, return_dict=True`, make model inputs of them.
+
+        Args:
+            conversation: messages whose `content` is a string or a list of parts, `{"type": "text", "text": ...}` and
+                `{"type": "audio", "audio": path, bytes, array or tensor}`, in any turn. A part may have its own
+                `sampling_rate`.
+            return_labels: also return `labels`: the assistant's answers with their end-of-turn token, -100 elsewhere
+                (with padding on the right; the chat must hold its answers).
+            processor_kwargs: as for `__call__`.
+            kwargs: `add_generation_prompt`, `continue_final_message` and variables of the template.
+
+        Raises:
+            AudioError: if an audio part has no audio, or one that cannot be used.
+        """
+        options = dict(processor_kwargs or {})
+        for name in ("padding", "padding_side", "sampling_rate", "truncation", "max_length", "add_special_tokens"):
+            if name in kwargs:
+                options[name] = kwargs.pop(name)
+        batched = bool(conversation) and not isinstance(conversation[0], dict)
+        chats = conversation if batched else [conversation]
+        if not tokenize:
+            rendered = [self._render(chat, chat_template, **kwargs) for chat in chats]
+            return rendered if batched else rendered[0]
+
+        audios = [audio for chat in chats for audio in _chat_audios(chat, options.pop("sampling_rate", None))]
+        options.setdefault("add_special_tokens", False)  # the template writes them
+        if return_labels:
+            batch = self._tokenize_with_labels(chats, audios, chat_template, options, **kwargs)
+        else:
+            rendered = [self._render(chat, chat_template, **kwargs) for chat in chats]
+            batch = self(text=rendered, audio=audios or None, return_tensors=return_tensors, **options)
+        return batch if return_dict else batch["input_ids"]
+
+    def _render(self, chat: list[dict[str, Any]], chat_template: str | None = None, **kwargs) -> str:
+        template = chat_template or self.chat_template
+        return self.tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, **kwargs)
+
+    def _tokenize_with_labels(self, chats, audios, chat_template, options, **kwargs) -> BatchFeature:
+        segments = [self.extract_features(audio) for audio in audios]
+        counts = [sum(self.rule.tokens(self.rule.frames(s["steps"])) for s in audio) for audio in segments]
+        rows = []
+        for chat in chats:
+            pieces = self.answer_pieces(chat, chat_template, **kwargs)
+            placeholders = sum(text.count(AUDIO_TOKEN) for text, _ in pieces)
+            rows.append(self.tokenize_pieces(pieces, counts[:placeholders]))
+            counts = counts[placeholders:]
+        batch = self.pad_rows(rows, padding_side=options.get("padding_side", "right"))
+        if segments:
+            batch.update(self.pad_features([segment for audio in segments for segment in audio]))
+        return batch
+
+    def answer_pieces(self, chat: list[dict[str, Any]], chat_template: str | None = None, **kwargs):
+        """A rendered chat, cut at its answers: a list of (text, whether the text is an answer). An answer ends with
+        its end-of-turn token, so that the model learns to stop."""
+        kwargs.pop("add_generation_prompt", None)
+        pieces, done = [], ""
+        for i, message in enumerate(chat):
+            if message["role"] != "assistant":
+                continue
+            prompt = self._render(chat[:i], chat_template, add_generation_prompt=True, **kwargs)
+            whole = self._render(chat[: i + 1], chat_template, **kwargs)
+            if not (prompt.startswith(done) and whole.startswith(prompt)):
+                raise ValueError(
+                    "The chat template rewrites earlier turns, so the answers' places cannot be told. Give one question "
+                    "and answer per chat, or another `chat_template`."
+                )
+            answer = whole[len(prompt) :].rstrip()
+            pieces += [(prompt[len(done) :], False), (answer, True)]
+            done = prompt + answer
+        if not pieces:
+            raise ValueError("The chat has no assistant turn to learn from. Add the answer as its last message.")
+        return pieces
+
+    def tokenize_pieces(self, pieces: list[tuple[str, bool]], counts: list[int]) -> dict[str, list[int]]:
+        """`input_ids` and `labels` of one chat. Prompt and answer are tokenized apart, as they are in generation."""
+        texts = self.expand_placeholders([text for text, _ in pieces], counts)
+        input_ids, labels = [], []
+        for text, (_, is_answer) in zip(texts, pieces):
+            ids = self.tokenizer(text, add_special_tokens=False).input_ids
+            if is_answer and (not ids or ids[-1] not in self.tokenizer.all_special_ids):
+                ids = [*ids, self.tokenizer.eos_token_id]
+            input_ids += ids
+            labels += ids if is_answer else [-100] * len(ids)
+        return {"input_ids": input_ids, "labels": labels}
+
+    def pad_rows(self, rows: list[dict[str, list[int]]], padding_side: str = "right") -> BatchFeature:
+        """Rows of `tokenize_pieces` -> `input_ids`, `attention_mask` and `labels` (batch, length)."""
+        length = max(len(row["input_ids"]) for row in rows)
+        pad = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+
+        def padded(values, value):
+            missing = [value] * (length - len(values))
+            return values + missing if padding_side == "right" else missing + values
+
+        columns = {
+            "input_ids": [padded(row["input_ids"], pad) for row in rows],
+            "attention_mask": [padded([1] * len(row["input_ids"]), 0) for row in rows],
+        }
+        if "labels" in rows[0]:
+            columns["labels"] = [padded(row["labels"], -100) for row in rows]
+        return BatchFeature(columns, tensor_type="pt")
+
+    # ---- saving ----------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {**super().to_dict(), "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]}}
+        for derived in ("audio_token", "audio_token_id", "rule"):
+            values.pop(derived, None)
+        return values
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        files = super().save_pretrained(save_directory, **kwargs)
+        copy_hub_files(save_directory)
+        return files
+
+
+def _flat_audios(audio) -> list[AudioSource]:
+    if audio is None:
+        return []
+    if isinstance(audio, list | tuple) and not (audio and isinstance(audio[0], int | float)):
+        return [item for part in audio for item in _flat_audios(part)]
+    return [audio]
+
+
+def _chat_audios(chat: list[dict[str, Any]], sampling_rate: int | None) -> list[AudioSource]:
+    """The audios of a chat in order, each with its sampling rate where it is an array."""
+    audios = []
+    for turn, message in enumerate(chat):
+        if not isinstance(message.get("content"), list):
+            continue
+        for part in message["content"]:
+            if part.get("type") != "audio":
+                continue
+            audio = next((part[key] for key in ("audio", "path", "url") if part.get(key) is not None), None)
+            if audio is None:
+                raise AudioError(
+                    f"Message {turn} of the chat has an audio part without audio. Give it a path, bytes, an array or a "
+                    'tensor: {"type": "audio", "audio": ...}.'
+                )
+            rate = part.get("sampling_rate", sampling_rate)
+            is_array = isinstance(audio, np.ndarray | torch.Tensor)
+            audios.append({"array": audio, "sampling_rate": rate} if is_array and rate else audio)
+    return audios
+
+
+__all__ = ["SpeechLLMProcessor"]
