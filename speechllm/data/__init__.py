@@ -1,0 +1,1 @@
+"""Corpora, the data schema, batches and caches."""

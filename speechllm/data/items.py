@@ -1,0 +1,177 @@
+"""From rows to model inputs: one dataset class per training stage, one collator for both.
+
+An item holds the audio either as encoder input (`segments`) or, where a cache of encoder frames is at hand, as frames
+(`frames`), next to token ids with the right number of placeholders. Rows whose audio cannot be used become `SetAside`
+items; the collator leaves them out of the batch and passes their names on.
+"""
+
+import os
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from ..audio_speechllm import AudioError
+from ..processing_speechllm import SpeechLLMProcessor
+from .feature_cache import FeatureCache, audio_key, text_key
+from .prompts import chat_of
+from .schema import Row, SetAside, with_ids
+
+
+class SpeechItems(Dataset):
+    """Rows with their audio prepared for the model.
+
+    Args:
+        rows: of the schema (`schema.py`).
+        processor: of the model.
+        frames: cache of encoder frames (see `trainers/frozen_states.py`); `None` prepares encoder input instead.
+    """
+
+    def __init__(self, rows: list[Row], processor: SpeechLLMProcessor, frames: FeatureCache | None = None):
+        self.rows = with_ids(rows)
+        self.processor = processor
+        self.frames = frames
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any] | SetAside:
+        row = self.rows[index]
+        try:
+            speech, tokens = self._speech(row)
+            return {"index": index, **speech, **self._text(row, tokens)}
+        except (AudioError, OSError) as error:
+            return SetAside(row["id"], str(error))
+
+    def first_usable(self) -> dict[str, Any]:
+        """The first item that can be used; stands in where a whole batch cannot.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        for index in range(len(self)):
+            if not isinstance(item := self[index], SetAside):
+                return item
+        raise ValueError(f"None of the {len(self)} utterances can be used; the first: {self[0].reason}")
+
+    def _speech(self, row: Row) -> tuple[dict[str, Any], int]:
+        """The row's audio, and the number of its speech tokens."""
+        rule = self.processor.rule
+        if self.frames is not None:
+            cached = self.frames.get(audio_key(row["audio"], row.get("sampling_rate")))
+            if cached is not None:
+                frames = list(cached["frames"].split(cached["lengths"].tolist()))
+                return {"frames": frames}, sum(rule.tokens(len(segment)) for segment in frames)
+        segments = self.processor.extract_features(row["audio"], row.get("sampling_rate"), name=row["id"])
+        return {"segments": segments}, sum(rule.tokens(rule.frames(segment["steps"])) for segment in segments)
+
+    def _text(self, row: Row, speech_tokens: int) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class AlignmentItems(SpeechItems):
+    """Speech and transcript behind one shared prefix, for contrastive pretraining.
+
+    Args:
+        prefix: token ids that both sides begin with and that pooling leaves out.
+        text_states: cache of the LLM's states of the transcripts; `None` leaves them to be computed.
+    """
+
+    def __init__(self, *args, prefix: list[int], text_states: FeatureCache | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.prefix = prefix
+        self.text_states = text_states
+
+    def text_ids(self, row: Row) -> list[int]:
+        return self.prefix + self.processor.tokenizer(row["text"], add_special_tokens=False).input_ids
+
+    def _text(self, row: Row, speech_tokens: int) -> dict[str, Any]:
+        item = {
+            "input_ids": self.prefix + [self.processor.audio_token_id] * speech_tokens,
+            "text_input_ids": self.text_ids(row),
+        }
+        states = self.text_states.get(text_key(row["text"])) if self.text_states is not None else None
+        return item if states is None else {**item, "text_states": states}
+
+
+class AnswerItems(SpeechItems):
+    """Chats with their answers, for fine-tuning; without answers (`with_answer=False`), prompts for generation."""
+
+    def __init__(self, *args, with_answer: bool = True, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.with_answer = with_answer
+
+    def _text(self, row: Row, speech_tokens: int) -> dict[str, Any]:
+        chat = chat_of(row, with_answer=self.with_answer)
+        if self.with_answer:
+            pieces = self.processor.answer_pieces(chat)
+        else:
+            pieces = [(self.processor.apply_chat_template(chat, add_generation_prompt=True), False)]
+        ids = self.processor.tokenize_pieces(pieces, [speech_tokens])
+        return ids if self.with_answer else {"input_ids": ids["input_ids"]}
+
+
+class SpeechCollator:
+    """Items -> one batch: audio inputs, `input_ids`, `attention_mask`, and what the items have of `labels`, text side
+    and text states. `rows` are the items' indices; `set_aside` lists what was left out.
+
+    Args:
+        dataset: where the items come from.
+        padding_side: of the token ids; `"left"` for generation.
+    """
+
+    def __init__(self, dataset: SpeechItems, padding_side: str = "right"):
+        self.dataset = dataset
+        self.processor = dataset.processor
+        self.padding_side = padding_side
+
+    def __call__(self, items: list[dict[str, Any] | SetAside]) -> dict[str, Any]:
+        set_aside = [item for item in items if isinstance(item, SetAside)]
+        usable = [item for item in items if not isinstance(item, SetAside)]
+        batch = {"set_aside": set_aside, "weight": float(bool(usable))}
+        usable = usable or [self.dataset.first_usable()]  # keeps every process in step; the weight takes it out
+        batch["rows"] = [item["index"] for item in usable]
+        batch.update(self._speech(usable))
+        batch.update(self._padded(usable))
+        if "text_input_ids" in usable[0]:
+            text = self._padded([{"input_ids": item["text_input_ids"]} for item in usable])
+            batch.update({f"text_{name}": value for name, value in text.items()})
+        if all("text_states" in item for item in usable):
+            names = usable[0]["text_states"]
+            batch["text_states"] = {
+                name: pad_sequence([item["text_states"][name] for item in usable], batch_first=True) for name in names
+            }
+        return batch
+
+    def _speech(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if all("frames" in item for item in items):
+            frames = [segment for item in items for segment in item["frames"]]
+            lengths = torch.tensor([len(segment) for segment in frames])
+            mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+            return {"speech_frames": pad_sequence(frames, batch_first=True), "speech_frames_mask": mask}
+        # Some frames may be missing from the cache: then the whole batch goes through the encoder.
+        for item in items:
+            if "segments" not in item:
+                row = self.dataset.rows[item["index"]]
+                item["segments"] = self.processor.extract_features(row["audio"], row.get("sampling_rate"))
+        return self.processor.pad_features([segment for item in items for segment in item["segments"]])
+
+    def _padded(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        rows = [{name: item[name] for name in ("input_ids", "labels") if name in item} for item in items]
+        return dict(self.processor.pad_rows(rows, padding_side=self.padding_side))
+
+
+def approximate_length(row: Row) -> float:
+    """For sorting: the row's duration in seconds where it is known, else the size of its audio, else of its text."""
+    if row.get("duration"):
+        return float(row["duration"])
+    audio = row["audio"]
+    if isinstance(audio, str | os.PathLike):
+        try:
+            return float(os.path.getsize(audio))
+        except OSError:
+            return 0.0
+    if isinstance(audio, dict):
+        audio = next((audio[name] for name in ("array", "bytes") if audio.get(name) is not None), "")
+    return float(len(audio)) if hasattr(audio, "__len__") else 0.0

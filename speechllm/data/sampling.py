@@ -1,0 +1,99 @@
+"""Batches without false negatives and with little padding.
+
+In a contrastive batch, two utterances of the same sentence would be each other's negatives. `DistinctBatchSampler` puts
+a key (the transcript) into a batch at most once, also across the processes that share a global batch, and draws the
+items of a batch from a few batches' worth of shuffled items sorted by length.
+"""
+
+import random
+from collections import deque
+from collections.abc import Hashable, Iterator, Sequence
+
+from torch.utils.data import Sampler
+
+
+class DistinctBatchSampler(Sampler[list[int]]):
+    """Full batches of indices whose keys differ; a new shuffle in every epoch.
+
+    Args:
+        keys: one per item; items with equal keys never share a global batch.
+        lengths: one per item, in any unit; items of similar length share a batch.
+        batch_size: items per batch and process.
+        processes: consecutive batches that form one global batch (Accelerate deals them out to its processes).
+        seed: of the shuffle, together with the epoch.
+        window: global batches' worth of items that are sorted by length together; 0 turns sorting off.
+
+    Raises:
+        ValueError: if there are fewer distinct keys than a global batch needs.
+    """
+
+    drop_last = True
+
+    def __init__(
+        self,
+        keys: Sequence[Hashable],
+        lengths: Sequence[float],
+        batch_size: int,
+        processes: int = 1,
+        seed: int = 0,
+        window: int = 4,
+    ):
+        self.keys, self.lengths = list(keys), list(lengths)
+        self.batch_size, self.processes, self.seed, self.window = batch_size, processes, seed, window
+        self.epoch = 0
+        distinct = len(set(self.keys))
+        if distinct < batch_size * processes:
+            raise ValueError(
+                f"A global batch of {batch_size} x {processes} needs as many distinct transcripts, but the data has "
+                f"{distinct}. Lower per_device_train_batch_size or give more data."
+            )
+        self._length = len(self._global_batches(epoch=0)) * processes
+
+    @property
+    def sampler(self) -> "DistinctBatchSampler":
+        """Accelerate looks here for `set_epoch` when it deals batches out to several processes."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Batches per epoch, over all processes; the same in every epoch."""
+        return self._length
+
+    def __iter__(self) -> Iterator[list[int]]:
+        wanted = self._length // self.processes
+        batches = self._global_batches(self.epoch)[:wanted]
+        # A shuffle may pack a batch or two less than the first epoch's did: take those from a further shuffle.
+        extra = 1
+        while len(batches) < wanted:
+            batches += self._global_batches(self.epoch + 1_000_003 * extra)[: wanted - len(batches)]
+            extra += 1
+        for batch in batches:
+            for start in range(0, len(batch), self.batch_size):
+                yield batch[start : start + self.batch_size]
+
+    def _global_batches(self, epoch: int) -> list[list[int]]:
+        generator = random.Random(f"{self.seed} {epoch}")
+        size = self.batch_size * self.processes
+        order = list(range(len(self.keys)))
+        generator.shuffle(order)
+        if self.window:
+            span = size * self.window
+            windows = [order[start : start + span] for start in range(0, len(order), span)]
+            order = [i for items in windows for i in sorted(items, key=self.lengths.__getitem__)]
+        batches, waiting, stream = [], deque(), iter(order)
+        while True:
+            batch, keys, passed = [], set(), deque()
+            while len(batch) < size:
+                item = waiting.popleft() if waiting else next(stream, None)
+                if item is None:
+                    generator.shuffle(batches)
+                    return batches
+                if self.keys[item] in keys:
+                    passed.append(item)
+                else:
+                    keys.add(self.keys[item])
+                    batch.append(item)
+            batches.append(batch)
+            waiting.extend(passed)

@@ -1,0 +1,1 @@
+"""What came out: retrieval per layer, error rates, plots."""

@@ -1,0 +1,42 @@
+"""Similarity of every text with every utterance of a batch.
+
+A similarity is a function `(text, text_mask, speech, speech_mask) -> (B_text, B_speech)`; write your own and pass it to
+`layerwise_contrastive_loss` or `ContrastiveTrainer`. Cosine (arXiv 2412.15712, Section 3.1): the mean of each
+sequence's valid tokens, then the cosine of the means.
+"""
+
+import torch
+from torch.nn import functional as F
+
+
+def masked_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over valid tokens, accumulated in float32 (float64 stays float64).
+
+    Args:
+        states: (batch, length, dim).
+        mask: (batch, length), `True` = valid.
+
+    Returns:
+        (batch, dim); zeros for a sequence without valid tokens.
+    """
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    # A product, not a sum over masked copies: one pass over the states, in their own dtype.
+    weights = mask.to(dtype) / mask.sum(-1, keepdim=True).clamp(min=1)
+    return torch.einsum("bl,bld->bd", weights, states.to(dtype).masked_fill(~mask.bool()[:, :, None], 0))
+
+
+def cosine_similarity_matrix(
+    text: torch.Tensor, text_mask: torch.Tensor, speech: torch.Tensor, speech_mask: torch.Tensor
+) -> torch.Tensor:
+    """Cosine similarity of mean-pooled sequences.
+
+    Args:
+        text: (B_text, length, dim); text_mask: (B_text, length), `True` = valid.
+        speech: (B_speech, length, dim); speech_mask: (B_speech, length).
+
+    Returns:
+        (B_text, B_speech) in [-1, 1], float32 (float64 for float64 inputs).
+    """
+    pooled_text = F.normalize(masked_mean(text, text_mask), dim=-1)
+    pooled_speech = F.normalize(masked_mean(speech, speech_mask), dim=-1)
+    return pooled_text @ pooled_speech.T

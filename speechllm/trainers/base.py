@@ -1,0 +1,241 @@
+"""What both training stages share, on top of `transformers.Trainer`.
+
+- Batches of similar length, without equal keys (`data/sampling.py`), the same for a given seed on any number of workers.
+- Frozen encoder features from a cache on disk, where one is asked for.
+- Every loss term by name in the logs, averaged over the steps since the last log and over processes.
+- Checkpoints of trained weights only, and exact resumption from them.
+- Utterances that cannot be used are set aside, counted, and listed in `set_aside.jsonl`; the run goes on.
+"""
+
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Hashable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+
+from ..checkpoint_speechllm import PROJECTOR_WEIGHTS, CheckpointError
+from ..data.feature_cache import FeatureCache
+from ..data.items import SpeechCollator, SpeechItems, approximate_length
+from ..data.sampling import DistinctBatchSampler
+from ..data.schema import Row, SetAside, with_ids
+from ..modeling_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMModel
+from ..processing_speechllm import SpeechLLMProcessor
+from .frozen_states import fill_frame_cache, frame_cache
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class SpeechLLMTrainingArguments(TrainingArguments):
+    """Settings of both stages; the defaults of the optimiser are the paper's (AdamW, 1e-4, no decay, cosine, 3%)."""
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule after the warm-up."})
+    warmup_steps: float = field(
+        default=0.03, metadata={"help": "Steps of linear warm-up; below 1, a fraction of all steps."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Log the losses every so many steps."})
+    feature_cache: str | None = field(
+        default=None, metadata={"help": "Folder to keep the frozen encoder's features in; they are computed once."}
+    )
+    length_window: int = field(
+        default=4, metadata={"help": "Global batches that are sorted by length together; 0 turns sorting off."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Rows are prepared here, not by column."})
+    report_to: str | list[str] = field(default="none", metadata={"help": "tensorboard, wandb, trackio, ... or none."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must stay False: the data's columns are not the model's inputs.")
+
+
+class SpeechLLMTrainer(Trainer):
+    """Base of `ContrastiveTrainer` and `FineTuningTrainer`.
+
+    Args:
+        model: a SpeechLLM.
+        args: settings.
+        train_dataset, eval_dataset: rows of the data schema (a list of dicts or a `datasets.Dataset`).
+        processing_class: the model's processor.
+    """
+
+    def __init__(
+        self,
+        model: SpeechLLMForConditionalGeneration | SpeechLLMModel,
+        args: SpeechLLMTrainingArguments,
+        train_dataset: list[Row] | None = None,
+        eval_dataset: list[Row] | None = None,
+        processing_class: SpeechLLMProcessor | None = None,
+        **kwargs: Any,
+    ):
+        if processing_class is None:
+            raise ValueError("Give the model's processor as `processing_class`.")
+        self.speechllm = model
+        self.set_aside: dict[str, str] = {}
+        self._terms: dict[str, list[torch.Tensor]] = defaultdict(list)
+        super().__init__(
+            model=self.trained_module(model),
+            args=args,
+            train_dataset=train_dataset,  # these two and the collator are replaced below
+            eval_dataset=eval_dataset,
+            data_collator=list,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.frames = self._frame_cache() if args.feature_cache else None
+        self.train_rows = self._usable(train_dataset)
+        self.eval_rows = self._usable(eval_dataset)
+        self.train_dataset = self.items(self.train_rows) if self.train_rows else None
+        self.eval_dataset = self.items(self.eval_rows) if self.eval_rows else None
+
+    # ---- what a stage defines --------------------------------------------------------------------------------------
+
+    def trained_module(self, model):
+        """The module whose forward pass is trained; what is saved is the whole model."""
+        return model
+
+    def items(self, rows: list[Row]) -> SpeechItems:
+        """The stage's data set of `rows`."""
+        raise NotImplementedError
+
+    def batch_key(self, row: Row) -> Hashable:
+        """Rows with equal keys never share a batch."""
+        return row["id"]
+
+    # ---- data ------------------------------------------------------------------------------------------------------
+
+    @property
+    def headless(self) -> SpeechLLMModel:
+        """The bare model without its head, unwrapped."""
+        return getattr(self.speechllm, "model", self.speechllm)
+
+    def _frame_cache(self) -> FeatureCache:
+        if not self.headless.config.freeze_speech_encoder:
+            raise ValueError("feature_cache needs a frozen speech encoder: a trained one changes its features.")
+        return frame_cache(self.args.feature_cache, self.headless, self.processing_class)
+
+    def _usable(self, rows: list[Row] | None) -> list[Row]:
+        """The rows with ids, their frames cached, without those that cannot be used."""
+        rows = with_ids(rows or [])
+        if self.frames is None or not rows:
+            return rows
+        unusable = fill_frame_cache(self.frames, rows, self.headless, self.processing_class)
+        self._note(unusable)
+        names = {item.id for item in unusable}
+        return [row for row in rows if row["id"] not in names]
+
+    def _loader(self, dataset: SpeechItems, padding_side: str = "right", **sampling: Any) -> DataLoader:
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            dataset,
+            collate_fn=SpeechCollator(dataset, padding_side),
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+            **sampling,
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.train_dataset is None:
+            raise ValueError("There is nothing to train on: give `train_dataset`, and see `set_aside` for why not.")
+        sampler = DistinctBatchSampler(
+            [self.batch_key(row) for row in self.train_rows],
+            [approximate_length(row) for row in self.train_rows],
+            batch_size=self._train_batch_size,
+            processes=self.args.world_size,
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            window=self.args.length_window,
+        )
+        return self.accelerator.prepare(self._loader(self.train_dataset, batch_sampler=sampler))
+
+    def eval_batches(self, dataset: SpeechItems, padding_side: str = "right") -> DataLoader:
+        """This process's share of `dataset`, in batches of similar length; each item's place is in `batch["rows"]`."""
+        order = sorted(range(len(dataset)), key=lambda i: -approximate_length(dataset.rows[i]))
+        size = self.args.per_device_eval_batch_size
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        return self._loader(
+            dataset, padding_side, batch_sampler=batches[self.args.process_index :: self.args.world_size]
+        )
+
+    def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch's tensors on this process's device; its set-aside utterances noted, the rest of it unchanged."""
+        self._note(batch.pop("set_aside", []))
+        return self._prepare_inputs(batch)
+
+    # ---- utterances set aside --------------------------------------------------------------------------------------
+
+    def _note(self, unusable: list[SetAside]) -> None:
+        for item in unusable:
+            if item.id not in self.set_aside:
+                logger.warning("Set aside: %s", item.reason)
+                self.set_aside[item.id] = item.reason
+
+    def write_set_aside(self) -> None:
+        """List what was set aside, over all processes, in `set_aside.jsonl` and in the log."""
+        found = list(self.set_aside.items())
+        found = dict(gather_object(found) if self.args.world_size > 1 else found)
+        if not found or not self.args.should_save:
+            return
+        path = Path(self.args.output_dir) / "set_aside.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({"id": name, "reason": reason}, ensure_ascii=False) for name, reason in found.items()]
+        path.write_text("\n".join(lines) + "\n")
+        logger.warning("%d utterance(s) were set aside; see %s.", len(found), path)
+
+    def train(self, *args: Any, **kwargs: Any):
+        output = super().train(*args, **kwargs)
+        self.write_set_aside()
+        return output
+
+    # ---- losses and logs -------------------------------------------------------------------------------------------
+
+    def record(self, terms: dict[str, torch.Tensor | float]) -> None:
+        """Remember the values of loss terms until they are logged."""
+        for name, value in terms.items():
+            self._terms[name].append(torch.as_tensor(value).detach().float())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._terms:
+            for name, values in self._terms.items():
+                mean = torch.stack([value.to(self.args.device) for value in values]).mean()
+                logs[name] = round(self.accelerator.gather(mean).mean().item(), 6)
+            self._terms.clear()
+        super().log(logs, start_time)
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        if state_dict is not None and self.model is not self.speechllm:
+            state_dict = {**self.speechllm.state_dict(), **{f"model.{k}": v for k, v in state_dict.items()}}
+        self.speechllm.save_pretrained(folder, state_dict=state_dict)
+        self.processing_class.save_pretrained(folder)
+        values = {name: str(value) for name, value in asdict(self.args).items() if "token" not in name}
+        (folder / "training_args.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if (folder / PROJECTOR_WEIGHTS).is_file():
+            self.speechllm.load_trained_weights(folder)
+            return
+        if not (files := sorted(folder.glob("model*.safetensors"))):
+            raise CheckpointError(
+                f"{folder} holds neither {PROJECTOR_WEIGHTS} nor model.safetensors; resume elsewhere."
+            )
+        weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        self.speechllm.load_state_dict(weights, strict=False)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -1,0 +1,166 @@
+"""Fine-tuning on tasks (arXiv 2412.15712, Section 4): next-token cross-entropy on the answers.
+
+The prompt is the LLM's own chat format with speech tokens at the audio placeholder. The LM head runs on answer positions
+only. Where the LLM is frozen, the part of the prompt that all rows begin with (system message, user header) is run once
+and its keys and values are reused in every step. Evaluation generates answers and scores them.
+"""
+
+import time
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from transformers import DynamicCache
+from transformers.trainer_utils import speed_metrics
+
+from ..data.items import AnswerItems
+from ..data.schema import Row
+from ..evaluation.recognition import recognition_metrics
+from .base import SpeechLLMTrainer
+from .fine_tuning_config import FineTuningArguments
+
+
+def add_lora(model, rank: int, alpha: int, seed: int = 0) -> None:
+    """Add trainable LoRA matrices to every linear layer of the LLM's blocks (PEFT); all else stays as it is."""
+    from peft import LoraConfig
+
+    names = {
+        name.rpartition(".")[2]
+        for name, module in model.model.llm_layers.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    targets = rf"model\.language_model\..*\.({'|'.join(sorted(names))})"
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
+    for parameter in trainable:  # PEFT freezes whatever is not an adapter
+        parameter.requires_grad_(True)
+
+
+class FineTuningTrainer(SpeechLLMTrainer):
+    """Fine-tuning of a SpeechLLM on rows with answers (`target`, or the transcript `text`).
+
+    Args:
+        model: `SpeechLLMForConditionalGeneration`; the projector is trained, and what its configuration leaves unfrozen.
+        args, train_dataset, eval_dataset, processing_class: see `SpeechLLMTrainer`.
+    """
+
+    args: FineTuningArguments
+
+    def __init__(self, model, args: FineTuningArguments, *positional: Any, **kwargs: Any):
+        if args.lora_rank and not getattr(model, "_hf_peft_config_loaded", False):
+            add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
+        super().__init__(model, args, *positional, **kwargs)
+        self.model_accepts_loss_kwargs = True  # the loss is divided by the answer tokens of the whole global batch
+        self._prompt_start: tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]] | None = None
+
+    def items(self, rows: list[Row]) -> AnswerItems:
+        return AnswerItems(rows, self.processing_class, self.frames)
+
+    # ---- training --------------------------------------------------------------------------------------------------
+
+    @property
+    def _llm_is_frozen(self) -> bool:
+        modules = (self.headless.language_model, self.speechllm.head)
+        return not any(p.requires_grad for module in modules for p in module.parameters())
+
+    def _shared_start(self, input_ids: torch.Tensor) -> int:
+        """Tokens that every row of the batch begins with, before the first placeholder."""
+        same = (input_ids == input_ids[:1]).all(0) & (input_ids[0] != self.headless.config.audio_token_id)
+        return int(same.long().cumprod(0).sum())
+
+    @torch.no_grad()
+    def _reused_start(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch without the prompt's shared start, and that start's keys and values instead."""
+        length = self._shared_start(batch["input_ids"])
+        if self._prompt_start is not None and self._prompt_start[0].shape[0] <= length:
+            length = self._prompt_start[0].shape[0]
+        start = batch["input_ids"][0, :length]
+        if length == 0:
+            return batch
+        if self._prompt_start is None or not torch.equal(self._prompt_start[0], start):
+            output = self.headless.language_model(input_ids=start[None], use_cache=True)
+            layers = [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+            self._prompt_start = (start, layers)
+        size = len(batch["input_ids"])
+        cache = DynamicCache(config=self.headless.config.text_config)
+        for i, (keys, values) in enumerate(self._prompt_start[1]):
+            cache.update(keys.expand(size, -1, -1, -1), values.expand(size, -1, -1, -1), i)
+        return {
+            **batch,
+            "input_ids": batch["input_ids"][:, length:],
+            "labels": batch["labels"][:, length:],
+            "past_key_values": cache,
+        }
+
+    def _model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in batch.items() if name not in ("rows", "weight", "set_aside")}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        batch = self.on_device(inputs)
+        inputs = self._model_inputs(batch)
+        # Gradient checkpointing runs layers twice, which a cache of keys and values does not survive.
+        if self._llm_is_frozen and not self.args.gradient_checkpointing:
+            inputs = self._reused_start(inputs)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            num_items_in_batch = num_items_in_batch / self.args.world_size  # DDP averages over processes what it sums
+        outputs = model(**inputs, answer_logits_only=True, num_items_in_batch=num_items_in_batch)
+        loss = outputs.loss * batch["weight"]
+        return (loss, outputs) if return_outputs else loss
+
+    # ---- evaluation ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def held_out_loss(self, dataset: AnswerItems) -> float:
+        """Mean cross-entropy per answer token over `dataset`, in nats."""
+        total = torch.zeros(2, dtype=torch.float64)
+        for batch in self.eval_batches(dataset):
+            batch = self.on_device(batch)
+            if batch["weight"]:
+                loss = self.speechllm(**self._model_inputs(batch), answer_logits_only=True, num_items_in_batch=1).loss
+                total += torch.tensor([loss.item(), (batch["labels"][:, 1:] != -100).sum().item()], dtype=torch.float64)
+        if self.args.world_size > 1:
+            total = self.accelerator.reduce(total.to(self.args.device)).cpu()
+        return (total[0] / total[1].clamp(min=1)).item()
+
+    @torch.no_grad()
+    def answers(self, rows: list[Row]) -> dict[str, str]:
+        """Greedy answers to `rows` by id; rows that cannot be used are missing."""
+        dataset = AnswerItems(rows, self.processing_class, self.frames, with_answer=False)
+        found: dict[str, str] = {}
+        for batch in self.eval_batches(dataset, padding_side="left"):
+            batch = self.on_device(batch)
+            if not batch["weight"]:
+                continue
+            output = self.speechllm.generate(
+                **self._model_inputs(batch), max_new_tokens=self.args.max_new_tokens, do_sample=False, num_beams=1
+            )
+            texts = self.processing_class.batch_decode(
+                output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+            )
+            found.update({dataset.rows[row]["id"]: text.strip() for row, text in zip(batch["rows"], texts)})
+        if self.args.world_size > 1:
+            found = dict(gather_object(list(found.items())))
+        return found
+
+    def evaluate(
+        self, eval_dataset: list[Row] | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """`<prefix>_loss` per answer token and, with `predict_with_generate`, `<prefix>_wer` and `<prefix>_cer`."""
+        start = time.time()
+        rows = self.eval_rows if eval_dataset is None else self._usable(eval_dataset)
+        if not rows:
+            raise ValueError("There is nothing to evaluate on: give `eval_dataset`.")
+        self.speechllm.eval()
+        metrics = {"loss": self.held_out_loss(self.items(rows))}
+        if self.args.predict_with_generate:
+            self.predictions = self.answers(rows)
+            scored = [row for row in rows if row["id"] in self.predictions]
+            references = [row.get("target") or row["text"] for row in scored]
+            metrics.update(recognition_metrics(references, [self.predictions[row["id"]] for row in scored]))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        metrics.update(speed_metrics(metric_key_prefix, start, num_samples=len(rows)))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics

@@ -1,0 +1,122 @@
+"""Fill the caches of what the frozen parts make of a data set: encoder frames, and text-side states of the LLM.
+
+Each process takes its share of the items; all of them see the whole cache afterwards.
+"""
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+
+from ..audio_speechllm import AudioError
+from ..data.feature_cache import FeatureCache, audio_key, fingerprint, text_key
+from ..data.items import AlignmentItems
+from ..data.schema import Row, SetAside
+from ..modeling_speechllm import SpeechLLMModel
+from ..objectives import masked_mean
+from ..processing_speechllm import SpeechLLMProcessor
+
+
+def frame_cache(folder: str, model: SpeechLLMModel, processor: SpeechLLMProcessor) -> FeatureCache:
+    """The cache of this encoder's frames, empty or not."""
+    config = model.config
+    depends_on = {
+        "what": "encoder frames",
+        "encoder": fingerprint(model.speech_encoder),
+        "configuration": {k: v for k, v in config.speech_config.to_dict().items() if not k.startswith("_")},
+        "feature_extractor": {k: v for k, v in processor.feature_extractor.to_dict().items() if k != "mel_filters"},
+        "layer": config.speech_layer,
+        "context_seconds": config.context_seconds,
+        "segment_seconds": processor.segment_seconds,
+        "dtype": str(model.speech_encoder.dtype),
+    }
+    return FeatureCache(folder, depends_on)
+
+
+@torch.no_grad()
+def fill_frame_cache(
+    cache: FeatureCache, rows: list[Row], model: SpeechLLMModel, processor: SpeechLLMProcessor
+) -> list[SetAside]:
+    """Encode every utterance that the cache lacks. Returns those that cannot be used."""
+    state = PartialState()
+    device = model.speech_encoder.device
+    set_aside, missing = [], []
+    for row in rows[state.process_index :: state.num_processes]:
+        try:
+            if (key := audio_key(row["audio"], row.get("sampling_rate"))) not in cache:
+                missing.append((key, row))
+        except OSError as error:
+            set_aside.append(SetAside(row["id"], f"{row['id']} cannot be read: {error.strerror}. Check the path."))
+    training = model.training
+    model.eval()
+    progress = tqdm(missing, desc="Encoding speech", unit="utt", disable=not state.is_local_main_process or not missing)
+    for key, row in progress:
+        try:
+            segments = processor.extract_features(row["audio"], row.get("sampling_rate"), name=row["id"])
+        except AudioError as error:
+            set_aside.append(SetAside(row["id"], str(error)))
+            continue
+        frames, lengths = [], []
+        for segment in segments:  # one at a time: memory stays bounded, and nothing is spent on padding
+            inputs = {name: value.to(device) for name, value in processor.pad_features([segment]).items()}
+            states, count = model.encode_speech(*inputs.values())
+            frames.append(states[0, : int(count[0])])
+            lengths.append(int(count[0]))
+        cache.put(key, {"frames": torch.cat(frames), "lengths": torch.tensor(lengths)})
+    model.train(training)
+    state.wait_for_everyone()
+    return gather_object(set_aside) if state.num_processes > 1 else set_aside
+
+
+def text_state_cache(
+    folder: str, model: SpeechLLMModel, tokenizer_size: int, prefix: list[int], layers: list[int], pooled: bool
+) -> FeatureCache:
+    """The cache of this LLM's states of transcripts behind `prefix`, at `layers`; mean-pooled or one per token."""
+    depends_on = {
+        "what": "text states",
+        "llm": fingerprint(model.language_model),
+        "configuration": {k: v for k, v in model.config.text_config.to_dict().items() if not k.startswith("_")},
+        "attention": model.language_model.config._attn_implementation,
+        "tokenizer_size": tokenizer_size,
+        "prefix": prefix,
+        "layers": layers,
+        "pooled": pooled,
+        "dtype": str(model.language_model.dtype),
+    }
+    return FeatureCache(folder, depends_on)
+
+
+@torch.no_grad()
+def fill_text_state_cache(
+    cache: FeatureCache,
+    items: AlignmentItems,
+    model: SpeechLLMModel,
+    layers: list[int],
+    pooled: bool,
+    batch_size: int = 16,
+) -> None:
+    """Compute the states of every transcript that the cache lacks, in batches of transcripts of similar length.
+
+    An item's tensors are `layer_<l>`: (tokens, dim), or (1, dim) in float32 where they are pooled.
+    """
+    state = PartialState()
+    texts = sorted({row["text"] for row in items.rows})
+    missing = [text for text in texts[state.process_index :: state.num_processes] if text_key(text) not in cache]
+    encoded = sorted(((items.text_ids({"text": text}), text) for text in missing), key=lambda pair: len(pair[0]))
+    device, skip = model.get_input_embeddings().weight.device, len(items.prefix)
+    progress = tqdm(
+        range(0, len(encoded), batch_size),
+        desc="Reading transcripts",
+        unit="batch",
+        disable=not state.is_local_main_process or not missing,
+    )
+    for start in progress:
+        part = encoded[start : start + batch_size]
+        batch = items.processor.pad_rows([{"input_ids": ids} for ids, _ in part]).to(device)
+        states = model(**batch, layers=layers).layer_states
+        mask = batch["attention_mask"].bool()
+        mask[:, :skip] = False
+        for i, (_, text) in enumerate(part):
+            keep = (lambda s: masked_mean(s[None], mask[i][None])) if pooled else (lambda s: s[mask[i]])  # noqa: B023
+            cache.put(text_key(text), {f"layer_{layer}": keep(states[layer][i]) for layer in layers})
+    state.wait_for_everyone()
