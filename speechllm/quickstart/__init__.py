@@ -1,0 +1,1 @@
+"""The embedded default: real small weights and real speech, from download to report."""
