@@ -82,6 +82,7 @@ class SpeechLLMTrainer(Trainer):
             raise ValueError("Give the model's processor as `processing_class`.")
         self.speechllm = model
         self.set_aside: dict[str, str] = {}
+        self.llm_tokens = 0  # tokens, without padding, that passed through the LLM in this process's training steps
         self._terms: dict[str, list[torch.Tensor]] = defaultdict(list)
         super().__init__(
             model=self.trained_module(model),

@@ -8,6 +8,7 @@
 Only the headless model runs, no layer beyond the last one used, and with `layers="emb"` no LLM at all.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -199,7 +200,11 @@ class ContrastiveTrainer(SpeechLLMTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch = self.on_device(inputs)
         weight = batch["weight"]
-        states = self.aligned_states(model, batch, self.layers_at(self.state.global_step))
+        layers = self.layers_at(self.state.global_step)
+        states = self.aligned_states(model, batch, layers)
+        if max(layers) > 0:
+            self.llm_tokens += int(batch["attention_mask"].sum())
+            self.llm_tokens += 0 if "text_states" in batch else int(batch["text_attention_mask"].sum())
         loss = 0.0
         for name, (factor, objective) in self.objectives.items():
             terms = objective(states)
@@ -264,9 +269,7 @@ class ContrastiveTrainer(SpeechLLMTrainer):
         """Held-out retrieval per layer over the whole evaluation set, and the contrastive loss with all of it as one
         batch. Metrics are `<prefix>_recall@1_layer_<l>`, `..._recall@5_...`, `..._mean` over layers, and `<prefix>_loss`.
         """
-        from time import time
-
-        start = time()
+        start = time.time()
         rows, states = self.held_out_states(eval_dataset)
         metrics: dict[str, float] = {}
         for layer, matrix in self.similarity_matrices(states).items():

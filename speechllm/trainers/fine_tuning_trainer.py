@@ -103,6 +103,8 @@ class FineTuningTrainer(SpeechLLMTrainer):
         # Gradient checkpointing runs layers twice, which a cache of keys and values does not survive.
         if self._llm_is_frozen and not self.args.gradient_checkpointing:
             inputs = self._reused_start(inputs)
+        reused = batch["input_ids"].shape[1] - inputs["input_ids"].shape[1]
+        self.llm_tokens += int(batch["attention_mask"][:, reused:].sum())
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             num_items_in_batch = num_items_in_batch / self.args.world_size  # DDP averages over processes what it sums
         outputs = model(**inputs, answer_logits_only=True, num_items_in_batch=num_items_in_batch)
