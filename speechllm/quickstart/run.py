@@ -1,0 +1,368 @@
+"""The quick start, from download to report.
+
+1. Fetch a small speech encoder, a small LLM and half an hour of recorded speech; split by near-duplicate cluster.
+2. Contrastive pretraining: the LLM's input first, then every fifth layer; held-out retrieval before, between and after.
+3. Fine-tuning for recognition from the pretrained projector and, to see what pretraining is worth, from scratch: at
+   equal steps, and at equal compute (counted in tokens that pass through the LLM). One arm adds LoRA.
+4. Save the best model. The report is rewritten after every stage.
+"""
+
+import logging
+import os
+import platform
+import resource
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import ProgressCallback, TrainerCallback, set_seed
+
+from ..data.schema import Row
+from ..data.splits import split_by_cluster
+from ..evaluation.nearest_tokens import nearest_tokens
+from ..evaluation.recognition import recognition_metrics
+from ..modeling_speechllm import SpeechLLMForConditionalGeneration
+from ..processing_speechllm import SpeechLLMProcessor
+from ..trainers import (
+    ContrastiveArguments,
+    ContrastiveTrainer,
+    FineTuningArguments,
+    FineTuningTrainer,
+    SpeechLLMTrainer,
+)
+from .downloads import cache_directory
+from .report import write_report
+from .settings import QuickstartArguments
+from .sources import Source, load_source
+
+
+logger = logging.getLogger(__name__)
+
+LONGEST_UTTERANCE = 12.0  # seconds; a handful of longer prompts would cost as much as hundreds of the others
+PROJECTOR = dict(num_queries=2, hidden_size=384, num_hidden_layers=2, num_attention_heads=6, intermediate_size=1536)
+SHOWN_UTTERANCES = 12  # held-out utterances with transcripts and audio in the report
+SHOWN_SIMILARITIES = 24  # rows and columns of the similarity matrices
+
+
+class Quickstart:
+    """One run; its stages fill `report`, which is written after each."""
+
+    def __init__(self, settings: QuickstartArguments):
+        self.settings = settings
+        self.output = Path(settings.output)
+        self.start = time.monotonic()
+        self.report: dict[str, Any] = {
+            "status": "running",
+            "command": shlex.join(["speechllm", *sys.argv[1:]]),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seed": settings.seed,
+            "versions": {name: version(name) for name in ("speechllm", "torch", "transformers", "accelerate", "peft")}
+            | {"python": platform.python_version()},
+            "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
+            "seconds": {},
+        }
+
+    def run(self) -> dict[str, Any]:
+        """All stages; returns the report."""
+        steps = self.settings.steps
+        with self.stage("fetching models and speech", "contrastive pretraining"):
+            source = load_source(self.settings.source)
+            self.prepare_data(source)
+        with self.stage("assembling the model", "contrastive pretraining"):
+            self.assemble(source)
+        with self.stage("contrastive pretraining", "fine-tuning from the pretrained projector"):
+            self.pretrain(steps[0], steps[1])
+        with self.stage("fine-tuning from the pretrained projector", "fine-tuning from scratch"):
+            self.fine_tune("pretrained", "from the pretrained projector", self.pretrained, steps[2])
+        if self.settings.compute_arms:
+            with self.stage("fine-tuning from scratch, equal steps", "fine-tuning from scratch, equal compute"):
+                self.fine_tune("scratch_equal_steps", "from scratch, equal steps", self.untrained, steps[2])
+            with self.stage("fine-tuning from scratch, equal compute", "fine-tuning with LoRA"):
+                self.fine_tune(
+                    "scratch_equal_compute", "from scratch, equal compute", self.untrained, self.equal_compute_steps()
+                )
+        if self.settings.lora_rank:
+            with self.stage("fine-tuning with LoRA", "saving"):
+                label = f"pretrained projector and LoRA of rank {self.settings.lora_rank}"
+                self.fine_tune("lora", label, self.pretrained, steps[2], lora_rank=self.settings.lora_rank)
+        with self.stage("saving the best model", ""):
+            self.save_best()
+        self.report.update(status="complete", stage="everything", next="")
+        self.write()
+        return self.report
+
+    @contextmanager
+    def stage(self, name: str, following: str):
+        """Time a stage, tell what it is, and write the report after it."""
+        minutes, seconds = divmod(int(time.monotonic() - self.start), 60)
+        print(f"[{minutes:2d}:{seconds:02d}] {name} ...", flush=True)
+        begin = time.monotonic()
+        yield
+        self.report["seconds"][name] = round(time.monotonic() - begin, 1)
+        self.report.update(stage=name, next=following)
+        self.write()
+
+    def write(self) -> None:
+        # Kilobytes on Linux, bytes on macOS.
+        unit = 1 if sys.platform == "darwin" else 1024
+        self.report["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        write_report(self.report, self.output)
+
+    # ---- data and model --------------------------------------------------------------------------------------------
+
+    def prepare_data(self, source: Source) -> None:
+        rows = [row for row in source.rows if row["duration"] <= LONGEST_UTTERANCE]
+        self.train_rows, self.test_rows = split_by_cluster(
+            rows, test_texts=self.settings.test_utterances, seed=self.settings.seed
+        )
+        self.report.update(source=source.name, credits=source.credits)
+        self.report["data"] = {
+            "train_utterances": len(self.train_rows),
+            "test_utterances": len(self.test_rows),
+            "train_minutes": round(minutes_of(self.train_rows), 2),
+            "test_minutes": round(minutes_of(self.test_rows), 2),
+            "dropped_long": len(source.rows) - len(rows),
+            "dropped_near_duplicates": len(rows) - len(self.train_rows) - len(self.test_rows),
+            "set_aside": [],
+        }
+
+    def assemble(self, source: Source) -> None:
+        set_seed(self.settings.seed)
+        self.model = SpeechLLMForConditionalGeneration.from_speech_text_pretrained(
+            source.speech_model,
+            source.text_model,
+            speech_revision=source.speech_revision,
+            text_revision=source.text_revision,
+            dtype=torch.bfloat16,  # on a CPU, the backward pass of bf16 eager attention is the fastest
+            attn_implementation="eager",
+            **PROJECTOR,
+        )
+        self.processor = SpeechLLMProcessor.from_config(self.model.config)
+        self.untrained = self.projector_state()
+        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        rule = self.model.config.speech_token_rule
+        self.report["model"] = {
+            "speech_encoder": "Whisper tiny.en (encoder)",
+            "language_model": "SmolLM2-135M-Instruct",
+            "trainable_parameters": trainable,
+            "total_parameters": sum(p.numel() for p in self.model.parameters()),
+            "speech_tokens_per_second": round(rule.frames_per_second / rule.window * rule.tokens_per_window, 2),
+        }
+
+    def projector_state(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in self.model.model.projector.state_dict().items()}
+
+    def common_arguments(self, name: str, steps: int) -> dict[str, Any]:
+        return dict(
+            output_dir=str(self.output / "training" / name),
+            max_steps=steps,
+            seed=self.settings.seed,
+            use_cpu=not torch.cuda.is_available(),
+            save_strategy="no",
+            logging_steps=5,
+            lr_scheduler_type="warmup_stable_decay",
+            feature_cache=str(cache_directory() / "features"),
+            per_device_eval_batch_size=36,
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+
+    # ---- pretraining -----------------------------------------------------------------------------------------------
+
+    def pretrain(self, embedding_steps: int, all_steps: int) -> None:
+        steps = embedding_steps + all_steps
+        schedule = f"0:emb {embedding_steps}:all"
+        arguments = ContrastiveArguments(
+            **self.common_arguments("pretraining", steps),
+            layer_schedule=schedule,
+            per_device_train_batch_size=32,
+            learning_rate=1e-3,
+            warmup_steps=20,
+            lr_scheduler_kwargs={"num_decay_steps": all_steps // 2},
+            text_state_cache=str(cache_directory() / "features"),
+        )
+        trainer = ContrastiveTrainer(self.model, arguments, self.train_rows, self.test_rows, self.processor)
+        found: dict[str, Any] = {"recall_at_1": {}, "recall_at_5": {}, "similarity": {}}
+        self.report["pretraining"] = {
+            "layers": trainer.all_layers,
+            "steps": steps,
+            "schedule": schedule,
+            "chance": 1 / len(self.test_rows),
+            **found,
+        }
+        show_progress_only(trainer)
+        tokens = {"before": self.measure(trainer, "before")}
+        trainer.add_callback(AtStep(embedding_steps, lambda: self.measure(trainer, "after_embedding")))
+        begin = time.monotonic()
+        trainer.train()
+        seconds = time.monotonic() - begin
+        tokens["after"] = self.measure(trainer, "after")
+        self.pretrained = self.projector_state()
+        self.model.save_pretrained(self.output / "pretrained", kind="projector")
+        self.processor.save_pretrained(self.output / "pretrained")
+        self.report["data"]["set_aside"] = [{"id": k, "reason": v} for k, v in trainer.set_aside.items()]
+        self.report["pretraining"].update(
+            seconds=round(seconds, 1),
+            history=[log for log in trainer.state.log_history if "loss" in log],
+            nearest_tokens=[
+                {"id": row["id"], "text": row["text"], "before": before, "after": after}
+                for row, before, after in zip(self.shown_rows(), tokens["before"], tokens["after"])
+            ],
+            llm_tokens=trainer.llm_tokens,
+        )
+
+    def measure(self, trainer: ContrastiveTrainer, moment: str) -> list[list[str]]:
+        """Held-out retrieval and similarities into the report; the nearest LLM tokens of a few utterances."""
+        metrics = trainer.evaluate(metric_key_prefix=moment)
+        part = self.report["pretraining"]
+        for k in (1, 5):
+            part[f"recall_at_{k}"][moment] = {
+                str(layer): metrics[f"{moment}_recall@{k}_layer_{layer}"] for layer in trainer.all_layers
+            }
+        print(f"        held-out recall@1, mean over layers, {moment.replace('_', ' ')}: "
+              f"{metrics[f'{moment}_recall@1_mean']:.1%}", flush=True)  # fmt: skip
+        if moment == "after_embedding":
+            self.report.update(stage="pretraining at the LLM's input", next="pretraining at all layers")
+            self.write()
+            return []
+        rows, states = trainer.held_out_states()
+        matrices = trainer.similarity_matrices(states)
+        layers = trainer.all_layers
+        shown = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
+        part["similarity"]["layers"] = shown
+        part["similarity"]["texts"] = [row["text"] for row in rows[:SHOWN_SIMILARITIES]]
+        part["similarity"][moment] = {
+            str(layer): rounded(matrices[layer][:SHOWN_SIMILARITIES, :SHOWN_SIMILARITIES]) for layer in shown
+        }
+        return nearest_tokens(self.model, self.processor, self.shown_rows())
+
+    def shown_rows(self) -> list[Row]:
+        return self.test_rows[:SHOWN_UTTERANCES]
+
+    # ---- fine-tuning -----------------------------------------------------------------------------------------------
+
+    def fine_tune(
+        self, name: str, label: str, projector: dict[str, torch.Tensor], steps: int, lora_rank: int = 0
+    ) -> None:
+        """One arm: from the given projector, `steps` steps; its scores and answers into the report."""
+        set_seed(self.settings.seed)
+        self.model.model.projector.load_state_dict(projector)
+        arguments = FineTuningArguments(
+            **self.common_arguments(name, steps),
+            per_device_train_batch_size=16,
+            learning_rate=5e-4,
+            warmup_steps=10,
+            lr_scheduler_kwargs={"num_decay_steps": steps // 2},
+            max_new_tokens=48,
+            lora_rank=lora_rank,
+        )
+        trainer = FineTuningTrainer(self.model, arguments, self.train_rows, self.test_rows, self.processor)
+        show_progress_only(trainer)
+        begin = time.monotonic()
+        trainer.train()
+        seconds = time.monotonic() - begin
+        metrics = trainer.evaluate()
+        pretraining_tokens = self.report["pretraining"]["llm_tokens"] if projector is self.pretrained else 0
+        arm = {
+            "name": name,
+            "label": label,
+            "steps": steps,
+            "seconds": round(seconds, 1),
+            "loss": metrics["eval_loss"],
+            "wer": metrics["eval_wer"],
+            "cer": metrics["eval_cer"],
+            "llm_tokens": trainer.llm_tokens,
+            "llm_tokens_total": trainer.llm_tokens + pretraining_tokens,
+            "history": [
+                {"step": log["step"], "loss": log["loss"]} for log in trainer.state.log_history if "loss" in log
+            ],
+        }
+        print(f"        {label}: WER {arm['wer']:.1%}, loss {arm['loss']:.3f}", flush=True)
+        arms = self.report.setdefault("fine_tuning", {"arms": []})["arms"]
+        if not arms or arm["wer"] < min(other["wer"] for other in arms):
+            self.best = (name, self.projector_state())
+        arms.append(arm)
+        self.add_samples(name, trainer.predictions)
+        self.report["fine_tuning"]["verdict"] = verdict({arm["name"]: arm for arm in arms})
+
+    def equal_compute_steps(self) -> int:
+        """Fine-tuning steps that pass as many tokens through the LLM as pretraining and fine-tuning together did."""
+        arm = self.report["fine_tuning"]["arms"][0]
+        return max(arm["steps"], round(arm["steps"] * arm["llm_tokens_total"] / arm["llm_tokens"]))
+
+    def add_samples(self, arm: str, predictions: dict[str, str]) -> None:
+        samples = self.report.setdefault(
+            "samples",
+            [
+                {"id": row["id"], "audio": row["audio"], "reference": row["text"], "hypotheses": {}, "wer": {}}
+                for row in self.shown_rows()
+            ],
+        )
+        for sample in samples:
+            hypothesis = predictions.get(sample["id"], "")
+            sample["hypotheses"][arm] = hypothesis
+            sample["wer"][arm] = recognition_metrics([sample["reference"]], [hypothesis])["wer"]
+
+    def save_best(self) -> None:
+        """The best arm as a full checkpoint in `model/`."""
+        name, projector = self.best
+        if name != "lora" and getattr(self.model, "_hf_peft_config_loaded", False):
+            self.model.delete_adapter("default")
+        self.model.model.projector.load_state_dict(projector)
+        self.model.save_pretrained(self.output / "model", kind="full")
+        self.processor.save_pretrained(self.output / "model")
+        self.report["fine_tuning"]["best"] = name
+
+
+class ProgressBar(ProgressCallback):
+    """A progress bar without the logs, which are in the report."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        pass
+
+
+class AtStep(TrainerCallback):
+    """Calls `action` once, after optimiser step `step`."""
+
+    def __init__(self, step: int, action: Callable[[], Any]):
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action()
+
+
+def show_progress_only(trainer: SpeechLLMTrainer) -> None:
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(ProgressBar)
+
+
+def verdict(arms: dict[str, dict[str, Any]]) -> str:
+    """What the arms say about pretraining, in words: at equal steps, and at equal compute."""
+    pretrained, sentences = arms["pretrained"], []
+    for name, condition in (("scratch_equal_steps", "equal steps"), ("scratch_equal_compute", "equal compute")):
+        if (scratch := arms.get(name)) is None:
+            continue
+        better = [measure for measure in ("loss", "wer") if pretrained[measure] < scratch[measure]]
+        outcome = {2: "wins", 1: f"wins in {' '.join(better)} only", 0: "loses"}[len(better)]
+        sentences.append(
+            f"At {condition} the pretrained projector {outcome}: WER {pretrained['wer']:.1%} against {scratch['wer']:.1%}, "
+            f"loss {pretrained['loss']:.3f} against {scratch['loss']:.3f}."
+        )
+    if sentences:
+        sentences.append("One seed on half an hour of speech: a direction, not a measurement.")
+    return " ".join(sentences)
+
+
+def minutes_of(rows: list[Row]) -> float:
+    return sum(row["duration"] for row in rows) / 60
+
+
+def rounded(matrix: torch.Tensor) -> list[list[float]]:
+    return [[round(value, 4) for value in row] for row in matrix.tolist()]
