@@ -1,0 +1,109 @@
+"""Recipes: YAML files with settings, overridden by options of the command line.
+
+A recipe is a flat mapping from settings to values. Settings are the fields of dataclasses; unknown ones are errors with
+a suggestion, and so are values of the wrong type. Parsing itself is `HfArgumentParser`'s.
+"""
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+
+class UsageError(ValueError):
+    """A command that makes no sense; the message says which option, why, and what is possible."""
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):
+        raise UsageError(_suggest(message, [option for action in self._actions for option in action.option_strings]))
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The settings of a YAML file.
+
+    Raises:
+        UsageError: if there is no such file, or it is not a YAML mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}. Give an existing YAML file.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UsageError(f"--config {path} holds a {type(values).__name__}; it must map settings to values.")
+    return values
+
+
+def parse_settings(
+    dataclasses: Sequence[type], arguments: Sequence[str], program: str, description: str
+) -> tuple[Any, ...]:
+    """Instances of `dataclasses`, from `--config recipe.yaml` and command-line overrides.
+
+    Raises:
+        UsageError: for an unknown setting or a value that does not fit.
+    """
+    parser = _Parser(
+        list(dataclasses), prog=program, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--config", metavar="RECIPE.yaml", help="Settings from a file; options given here override it.")
+    config, rest = _split_config(list(arguments))
+    recipe = read_recipe(config) if config else {}
+    known = [field.name for cls in dataclasses for field in fields(cls) if field.init]
+    for name in recipe:
+        if name not in known:
+            raise UsageError(_suggest(f"--config {config}: there is no setting `{name}`.", known, name))
+    try:
+        return parser.parse_args_into_dataclasses([*_as_options(recipe), *rest], look_for_args_file=False)[
+            : len(dataclasses)
+        ]
+    except UsageError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _split_config(arguments: list[str]) -> tuple[str | None, list[str]]:
+    for i, argument in enumerate(arguments):
+        if argument.startswith("--config="):
+            return argument.partition("=")[2], arguments[:i] + arguments[i + 1 :]
+        if argument == "--config":
+            if i + 1 == len(arguments):
+                raise UsageError("--config needs the path of a YAML file.")
+            return arguments[i + 1], arguments[:i] + arguments[i + 2 :]
+    return None, arguments
+
+
+def _as_options(recipe: dict[str, Any]) -> list[str]:
+    """A recipe as options that precede the user's own, so that the user's win."""
+    options = []
+    for name, value in recipe.items():
+        if value is None:
+            continue
+        if isinstance(value, list):
+            options += [f"--{name}", *map(str, value)]
+        elif isinstance(value, dict):
+            import json
+
+            options += [f"--{name}", json.dumps(value)]
+        else:
+            options += [f"--{name}", str(value)]
+    return options
+
+
+def _suggest(message: str, known: list[str], word: str | None = None) -> str:
+    """The message, and what was probably meant."""
+    words = [word] if word else [part.partition("=")[0] for part in message.split() if part.startswith("-")]
+    for candidate in words:
+        near = difflib.get_close_matches(candidate, known, n=1, cutoff=0.6)
+        if near and near[0] != candidate:
+            return f"{message} Did you mean `{near[0]}`?"
+    return message
