@@ -65,7 +65,7 @@ def transcribe(arguments: list[str]) -> None:
     parser = _parser("transcribe", transcribe)
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id")
     parser.add_argument("--prompt", help="instruction beside the audio (default: the one of speech recognition)")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer per segment of audio")
+    parser.add_argument("--max-new-tokens", type=_positive, default=256, help="longest answer, in tokens")
     parser.add_argument("--device", default=None, help="e.g. cuda:0 (default: a GPU if there is one, else the CPU)")
     parser.add_argument("audio", nargs="+", help="audio files: WAV, FLAC, Ogg, MP3")
     options = parser.parse_args(arguments)
@@ -132,6 +132,12 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"there is no command {options.command!r}; choose from {', '.join(COMMANDS)}")
     parser.print_help()
     return 2
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def _run(command: Callable[[list[str]], None], arguments: list[str]) -> int:

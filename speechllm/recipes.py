@@ -6,6 +6,7 @@ a suggestion, and so are values of the wrong type. Parsing itself is `HfArgument
 
 import argparse
 import difflib
+import json
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -21,7 +22,7 @@ class UsageError(ValueError):
 
 class _Parser(HfArgumentParser):
     def error(self, message: str):
-        raise UsageError(_suggest(message, [option for action in self._actions for option in action.option_strings]))
+        raise UsageError(message)
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
@@ -52,7 +53,11 @@ def parse_settings(
         UsageError: for an unknown setting or a value that does not fit.
     """
     parser = _Parser(
-        list(dataclasses), prog=program, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        list(dataclasses),
+        prog=program,
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,  # `--layer` would silently be `--layers`
     )
     parser.add_argument("--config", metavar="RECIPE.yaml", help="Settings from a file; options given here override it.")
     config, rest = _split_config(list(arguments))
@@ -61,6 +66,10 @@ def parse_settings(
     for name in recipe:
         if name not in known:
             raise UsageError(_suggest(f"--config {config}: there is no setting `{name}`.", known, name))
+    options = [option for action in parser._actions for option in action.option_strings]
+    for name in (argument.partition("=")[0] for argument in rest):
+        if name.startswith("--") and name not in options:
+            raise UsageError(_suggest(f"there is no option {name}.", options, name))
     try:
         return parser.parse_args_into_dataclasses([*_as_options(recipe), *rest], look_for_args_file=False)[
             : len(dataclasses)
@@ -91,19 +100,13 @@ def _as_options(recipe: dict[str, Any]) -> list[str]:
         if isinstance(value, list):
             options += [f"--{name}", *map(str, value)]
         elif isinstance(value, dict):
-            import json
-
-            options += [f"--{name}", json.dumps(value)]
+            options.append(f"--{name}={json.dumps(value)}")
         else:
-            options += [f"--{name}", str(value)]
+            options.append(f"--{name}={value}")
     return options
 
 
-def _suggest(message: str, known: list[str], word: str | None = None) -> str:
-    """The message, and what was probably meant."""
-    words = [word] if word else [part.partition("=")[0] for part in message.split() if part.startswith("-")]
-    for candidate in words:
-        near = difflib.get_close_matches(candidate, known, n=1, cutoff=0.6)
-        if near and near[0] != candidate:
-            return f"{message} Did you mean `{near[0]}`?"
-    return message
+def _suggest(message: str, known: list[str], word: str) -> str:
+    """The message, and what was probably meant by `word`."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"{message} Did you mean `{near[0]}`?" if near else message

@@ -1,5 +1,6 @@
 """From settings to a training run: what `speechllm pretrain` and `speechllm finetune` share."""
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoProcessor, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from .configuration_speechllm import SpeechLLMProjectorConfig
 from .data.schema import Row
 from .data.splits import split_by_cluster
 from .modeling_speechllm import SpeechLLMForConditionalGeneration
@@ -31,7 +33,7 @@ class ModelArguments:
     speech_layer: int | None = field(
         default=None, metadata={"help": "Hidden state of the encoder that feeds the projector; default: its output."}
     )
-    projector: dict | None = field(
+    projector: str | None = field(  # once parsed, a dict
         default=None, metadata={"help": "Settings of a new projector as JSON, e.g. '{\"num_queries\": 2}'."}
     )
     dtype: str | None = field(default=None, metadata={"help": "dtype of the frozen parts, e.g. bfloat16."})
@@ -41,12 +43,22 @@ class ModelArguments:
 
     def __post_init__(self):
         if isinstance(self.projector, str):
-            import json
-
-            self.projector = json.loads(self.projector)
+            try:
+                self.projector = json.loads(self.projector)
+            except json.JSONDecodeError as error:
+                raise UsageError(f"--projector is not JSON: {error}. Write it as '{{\"num_queries\": 2}}'.") from None
+        if self.projector is not None:
+            known = [name for name in SpeechLLMProjectorConfig.__annotations__ if name != "model_type"]
+            if not isinstance(self.projector, dict) or not set(self.projector) <= set(known):
+                raise UsageError(f"--projector is {self.projector!r}; it may set {', '.join(known)}.")
+        if self.dtype is not None and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise UsageError(f"--dtype is {self.dtype!r}; use float32, bfloat16 or float16.")
         new = self.speech_model and self.text_model
         if bool(self.model) == bool(new) or (self.model and (self.speech_model or self.text_model)):
             raise UsageError("Give either --model, or both --speech_model and --text_model.")
+        for name in ("speech_revision", "text_revision", "speech_layer", "projector"):
+            if self.model and getattr(self, name) is not None:
+                raise UsageError(f"--{name} is for a new model; the one of --model has its own.")
 
 
 @dataclass
@@ -66,7 +78,7 @@ class DataArguments:
         """Training rows and held-out rows."""
         train = load_rows(self.train_data)
         if self.maximum_seconds is not None:
-            train = [row for row in train if float(row.get("duration", 0)) <= self.maximum_seconds]
+            train = [row for row in train if row.get("duration", 0) <= self.maximum_seconds]
         if self.eval_data:
             return train, load_rows(self.eval_data)
         return split_by_cluster(train, test_texts=self.held_out, seed=0) if self.held_out else (train, [])
@@ -78,9 +90,10 @@ def load_model(
     """The model to train and its processor."""
     set_seed(training.seed)
     options = {"attn_implementation": settings.attn_implementation} if settings.attn_implementation else {}
-    dtype = getattr(torch, settings.dtype) if settings.dtype else None
+    if settings.dtype:
+        options["dtype"] = getattr(torch, settings.dtype)
     if settings.model:
-        model = SpeechLLMForConditionalGeneration.from_pretrained(settings.model, dtype=dtype or "auto", **options)
+        model = SpeechLLMForConditionalGeneration.from_pretrained(settings.model, **options)
         return model, AutoProcessor.from_pretrained(settings.model)
     model = SpeechLLMForConditionalGeneration.from_speech_text_pretrained(
         settings.speech_model,
@@ -88,7 +101,6 @@ def load_model(
         speech_revision=settings.speech_revision,
         text_revision=settings.text_revision,
         speech_layer=settings.speech_layer,
-        dtype=dtype,
         **options,
         **(settings.projector or {}),
     )
@@ -107,10 +119,11 @@ def run_training(trainer: SpeechLLMTrainer, data: DataArguments) -> None:
     trainer.save_model()
     trainer.save_state()
     if arguments.should_save:
-        trainer.save_metrics("eval", metrics)
+        if metrics:
+            trainer.save_metrics("eval", metrics)
         for name, value in sorted(metrics.items()):
             if isinstance(value, float) and ("_mean" in name or name in ("eval_loss", "eval_wer", "eval_cer")):
-                print(f"{name.removeprefix('eval_'):<16}{value:.4f}")
+                print(f"{name.removeprefix('eval_'):<20}{value:.4f}")
         if trainer.set_aside:
             print(f"{len(trainer.set_aside)} utterance(s) set aside, see {folder / 'set_aside.jsonl'}")
         print(f"Saved to {folder}")

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..audio_speechllm import AudioSource
+from ..audio_speechllm import AudioError, AudioSource
 
 
 logger = logging.getLogger(__name__)
@@ -32,12 +32,14 @@ class FeatureCache:
     Args:
         folder: parent of all caches.
         depends_on: everything that the tensors depend on besides the item itself; must be JSON-serialisable.
+
+    Raises:
+        OSError: if the folder cannot be written, naming it.
     """
 
     def __init__(self, folder: str | os.PathLike, depends_on: dict[str, Any]):
         text = json.dumps(depends_on, sort_keys=True, indent=2)
         self.folder = Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:32]
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.corrupt = 0  # files found damaged, and removed
         self._write_atomically(self.folder / "depends_on.json", lambda path: path.write_text(text + "\n"))
 
@@ -55,7 +57,7 @@ class FeatureCache:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except FileNotFoundError:
             return None
-        except (SafetensorError, OSError, ValueError) as error:
+        except SafetensorError as error:
             self.corrupt += 1
             logger.warning("Cache file %s is damaged (%s). It is removed and computed again.", path, error)
             path.unlink(missing_ok=True)
@@ -68,17 +70,18 @@ class FeatureCache:
             OSError: if they cannot be written, naming the folder.
         """
         path = self._path(key)
-        path.parent.mkdir(exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         self._write_atomically(path, lambda temporary: save_file(tensors, temporary))
 
     def _write_atomically(self, path: Path, write) -> None:
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             write(temporary)
             os.replace(temporary, path)
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
+            if temporary.parent.is_dir():
+                temporary.unlink(missing_ok=True)
             raise OSError(f"Cannot write to the feature cache {self.folder}: {error}. Free some space there, or choose "
                           "another folder (`feature_cache`) or none.") from error  # fmt: skip
 
@@ -100,15 +103,25 @@ def audio_key(audio: AudioSource, sampling_rate: int | None = None) -> str:
     """Hash of an audio's content (of the file's bytes where it is a path, so that renaming keeps the cache).
 
     Raises:
-        OSError: if the file cannot be read.
+        AudioError: if there is no audio, or the file cannot be read.
     """
     if isinstance(audio, dict):
-        inner = next((audio[name] for name in ("array", "bytes", "path") if audio.get(name) is not None), b"")
-        return audio_key(inner, audio.get("sampling_rate", sampling_rate))
+        if audio.get("array") is not None:
+            return audio_key(audio["array"], audio.get("sampling_rate", sampling_rate))
+        inner = audio.get("bytes") or audio.get("path")
+        if not inner:
+            raise AudioError("The audio is a dict without `array`, `bytes` or `path`. Give one of them.")
+        return audio_key(inner, sampling_rate)
     if isinstance(audio, str | os.PathLike):
-        return hashlib.sha256(Path(audio).read_bytes()).hexdigest()
+        try:
+            return hashlib.sha256(Path(audio).read_bytes()).hexdigest()
+        except OSError as error:
+            raise AudioError(f"{audio} cannot be read: {error.strerror}. Check the path.") from None
     if isinstance(audio, bytes | bytearray | memoryview):
         return hashlib.sha256(audio).hexdigest()
-    samples = np.ascontiguousarray(audio.detach().cpu().numpy() if isinstance(audio, torch.Tensor) else audio)
+    if isinstance(audio, torch.Tensor):
+        audio = audio.detach().cpu()
+        audio = audio.float().numpy() if audio.dtype in (torch.bfloat16, torch.float16) else audio.numpy()
+    samples = np.ascontiguousarray(audio)
     described = f"{samples.shape} {samples.dtype} {sampling_rate} ".encode()
     return hashlib.sha256(described + samples.tobytes()).hexdigest()

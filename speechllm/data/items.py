@@ -41,7 +41,7 @@ class SpeechItems(Dataset):
         try:
             speech, tokens = self._speech(row)
             return {"index": index, **speech, **self._text(row, tokens)}
-        except (AudioError, OSError) as error:
+        except AudioError as error:
             return SetAside(row["id"], str(error))
 
     def first_usable(self) -> dict[str, Any]:
@@ -58,13 +58,25 @@ class SpeechItems(Dataset):
     def _speech(self, row: Row) -> tuple[dict[str, Any], int]:
         """The row's audio, and the number of its speech tokens."""
         rule = self.processor.rule
-        if self.frames is not None:
-            cached = self.frames.get(audio_key(row["audio"], row.get("sampling_rate")))
-            if cached is not None:
-                frames = list(cached["frames"].split(cached["lengths"].tolist()))
-                return {"frames": frames}, sum(rule.tokens(len(segment)) for segment in frames)
-        segments = self.processor.extract_features(row["audio"], row.get("sampling_rate"), name=row["id"])
+        if (frames := self._cached_frames(row)) is not None:
+            return {"frames": frames}, sum(rule.tokens(len(segment)) for segment in frames)
+        segments = self.segments(row)
         return {"segments": segments}, sum(rule.tokens(rule.frames(segment["steps"])) for segment in segments)
+
+    def _cached_frames(self, row: Row) -> list[torch.Tensor] | None:
+        if self.frames is None:
+            return None
+        if "parts" in row:
+            parts = [self._cached_frames(part) for part in row["parts"]]
+            return None if any(part is None for part in parts) else [segment for part in parts for segment in part]
+        cached = self.frames.get(audio_key(row["audio"], row.get("sampling_rate")))
+        return None if cached is None else list(cached["frames"].split(cached["lengths"].tolist()))
+
+    def segments(self, row: Row) -> list[dict[str, Any]]:
+        """Encoder input of the row's audio; of joined rows (`joining.py`), of one part after the other."""
+        if "parts" in row:
+            return [segment for part in row["parts"] for segment in self.segments(part)]
+        return self.processor.extract_features(row["audio"], row.get("sampling_rate"), name=row["id"])
 
     def _text(self, row: Row, speech_tokens: int) -> dict[str, Any]:
         raise NotImplementedError
@@ -130,7 +142,9 @@ class SpeechCollator:
         set_aside = [item for item in items if isinstance(item, SetAside)]
         usable = [item for item in items if not isinstance(item, SetAside)]
         batch = {"set_aside": set_aside, "weight": float(bool(usable))}
-        usable = usable or [self.dataset.first_usable()]  # keeps every process in step; the weight takes it out
+        if not usable:  # a stand-in keeps every process in step; its weight, and no labels, take it out of the loss
+            usable = [self.dataset.first_usable()]
+            usable = [{k: [-100] * len(v) if k == "labels" else v for k, v in item.items()} for item in usable]
         batch["rows"] = [item["index"] for item in usable]
         batch.update(self._speech(usable))
         batch.update(self._padded(usable))
@@ -153,8 +167,7 @@ class SpeechCollator:
         # Some frames may be missing from the cache: then the whole batch goes through the encoder.
         for item in items:
             if "segments" not in item:
-                row = self.dataset.rows[item["index"]]
-                item["segments"] = self.processor.extract_features(row["audio"], row.get("sampling_rate"))
+                item["segments"] = self.dataset.segments(self.dataset.rows[item["index"]])
         return self.processor.pad_features([segment for item in items for segment in item["segments"]])
 
     def _padded(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -12,6 +12,9 @@ from collections.abc import Hashable, Iterator, Sequence
 from torch.utils.data import Sampler
 
 
+LENGTH_BLUR = 0.2  # lengths are compared up to so much, so that batches differ from epoch to epoch
+
+
 class DistinctBatchSampler(Sampler[list[int]]):
     """Full batches of indices whose keys differ; a new shuffle in every epoch.
 
@@ -78,10 +81,14 @@ class DistinctBatchSampler(Sampler[list[int]]):
         size = self.batch_size * self.processes
         order = list(range(len(self.keys)))
         generator.shuffle(order)
+        kept = order[: len(order) - len(order) % size]  # what no full batch is left for is random, not the longest
+        order = kept if len({self.keys[i] for i in kept}) >= size else order  # there is always one batch
         if self.window:
             span = size * self.window
+            blurred = [length * generator.uniform(1 - LENGTH_BLUR, 1 + LENGTH_BLUR) for length in self.lengths]
             windows = [order[start : start + span] for start in range(0, len(order), span)]
-            order = [i for items in windows for i in sorted(items, key=self.lengths.__getitem__)]
+            # Longest first: what cannot be packed at the end are then short texts, which repeat the most.
+            order = [i for items in windows for i in sorted(items, key=blurred.__getitem__, reverse=True)]
         batches, waiting, stream = [], deque(), iter(order)
         while True:
             batch, keys, passed = [], set(), deque()

@@ -13,6 +13,7 @@ Rows come from a manifest (JSON Lines, JSON, CSV or TSV) or are made by a corpus
 import csv
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,23 +51,46 @@ def load_rows(path: str | os.PathLike) -> list[Row]:
     if path.suffix.lower() not in readers:
         raise ManifestError(f"{path} is not a manifest: use one of {', '.join(readers)}.")
     rows = []
-    for place, row in readers[path.suffix.lower()](path):
-        if not isinstance(row, dict) or not row.get("audio"):
-            raise ManifestError(f"{path}, {place}: there is no `audio`. Every row needs one (a path).")
-        if isinstance(row["audio"], str):
-            row["audio"] = str(path.parent / row["audio"])
-        rows.append(row)
+    try:
+        for place, row in readers[path.suffix.lower()](path):
+            rows.append(_checked(row, path, place))
+    except UnicodeDecodeError as error:
+        raise ManifestError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as such."
+        ) from None
+    except OSError as error:
+        raise ManifestError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from None
     if not rows:
         raise ManifestError(f"{path} holds no rows. Add some, or give another manifest.")
     return with_ids(rows)
 
 
+def _checked(row: Any, path: Path, place: str) -> Row:
+    if not isinstance(row, dict) or not isinstance(row.get("audio"), str) or not row["audio"]:
+        raise ManifestError(f"{path}, {place}: there is no `audio`. Every row needs one (a path).")
+    if row.get("duration") is not None:
+        try:
+            row["duration"] = float(row["duration"])
+        except (TypeError, ValueError):
+            raise ManifestError(
+                f"{path}, {place}: the duration is {row['duration']!r}. Give seconds, or leave it out."
+            ) from None
+    return {**row, "audio": str(path.parent / row["audio"])}
+
+
 def with_ids(rows: Iterable[Row]) -> list[Row]:
-    """The rows as a list, each with an `id`: its own, its audio's path, or its place."""
-    named = []
+    """The rows as a list, each with an `id` that no other has: its own, its audio's path, or its place, and a number
+    behind it where several rows would have the same (one recording with several questions)."""
+    named, taken = [], Counter()
     for i, row in enumerate(rows):
         audio = row.get("audio")
-        named.append({"id": str(audio) if isinstance(audio, str | os.PathLike) else f"row {i}", **row})
+        name = str(audio) if isinstance(audio, str | os.PathLike) else f"row {i}"
+        name = name if row.get("id") in (None, "") else str(row["id"])
+        taken[name] += 1
+        while taken[name] > 1:
+            name = f"{name} #{taken[name]}"
+            taken[name] += 1
+        named.append({**row, "id": name})
     return named
 
 
@@ -92,6 +116,14 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
     with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        for row in reader:
-            yield f"line {reader.line_num}", {name: value for name, value in row.items() if value not in (None, "")}
+        # Tab-separated files know no quotation marks: one at the start of a transcript is part of it.
+        options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {"strict": True}
+        reader = csv.DictReader(file, **options)
+        try:
+            for row in reader:
+                place = f"line {reader.line_num}"
+                if None in row:
+                    raise ManifestError(f"{path}, {place} has more fields than the first line names. Correct the line.")
+                yield place, {name: value for name, value in row.items() if value not in (None, "")}
+        except csv.Error as error:
+            raise ManifestError(f"{path}, near line {reader.line_num}: {error}. Correct the line.") from None

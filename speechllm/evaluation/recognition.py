@@ -9,7 +9,9 @@ import jiwer
 def normalise(text: str) -> str:
     """Lower case, without punctuation, single spaces (the paper's normalisation); apostrophes inside words stay."""
     text = unicodedata.normalize("NFKC", text).casefold().replace("’", "'")
-    return " ".join(re.sub(r"(?<!\w)'|'(?!\w)|[^\w\s']|_", " ", text).split())
+    text = re.sub(r"(?<!\w)'|'(?!\w)", " ", text)
+    # Letters, digits, and the marks that many scripts write their vowels with.
+    return " ".join("".join(c if c == "'" or unicodedata.category(c)[0] in "LNM" else " " for c in text).split())
 
 
 def recognition_metrics(references: list[str], hypotheses: list[str]) -> dict[str, float]:

@@ -21,7 +21,7 @@ def retrieval_metrics(similarity: torch.Tensor, texts: list[str], ks: tuple[int,
     metrics = {}
     for name, scores in (("", similarity.T), ("text_to_speech_", similarity)):  # queries x candidates
         best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-        rank = 1 + ((scores >= best) & ~right).sum(1)
+        rank = 1 + (~(scores < best) & ~right).sum(1)  # NaN counts against us too
         for k in ks:
             metrics[f"{name}recall@{k}"] = (rank <= k).double().mean().item()
         if not name:

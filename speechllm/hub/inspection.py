@@ -1,5 +1,6 @@
 """What is in a checkpoint, without loading its weights."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,10 @@ def describe_checkpoint(model: str) -> dict[str, Any]:
     weights = cached_file(model, PROJECTOR_WEIGHTS, **find)
     adapter = cached_file(model, "adapter_model.safetensors", subfolder=ADAPTER_FOLDER, **find)
     kind = "projector-only" if weights else "full"
+    index = cached_file(model, "model.safetensors.index.json", **find)
     weights = weights or cached_file(model, "model.safetensors", **find)
+    if not weights and not index:
+        raise CheckpointError(f"{model} holds neither {PROJECTOR_WEIGHTS} nor model.safetensors. Save it again.")
     return {
         "checkpoint": str(model),
         "kind": kind,
@@ -46,10 +50,15 @@ def describe_checkpoint(model: str) -> dict[str, Any]:
             for name, (kind_of, part, frozen) in parts.items()
         },
         "adapter_parameters": _count(adapter) if adapter else 0,
-        "stored_tensors": _count(weights, tensors=True) if weights else None,
+        "stored_tensors": _count(weights, tensors=True) if weights else len(_read_index(index)),
         "speech_tokens_per_second": round(rule.frames_per_second / rule.window * rule.tokens_per_window, 2),
         "base_models": config.base_models,
     }
+
+
+def _read_index(path: str) -> dict[str, str]:
+    """Tensor -> file, of weights in several files."""
+    return json.loads(Path(path).read_text())["weight_map"]
 
 
 def _count(path: str, tensors: bool = False) -> int:

@@ -40,6 +40,26 @@ def parse_layers(layers: str, depth: int) -> list[int]:
     return resolved
 
 
+def parse_layer_schedule(schedule: str, depth: int) -> list[tuple[int, list[int]]]:
+    """`"0:emb 300:all"` -> [(first step, layers), ...], in order.
+
+    Raises:
+        ValueError: if a part is not `step:layers`, or the first does not begin at step 0.
+    """
+    stages = []
+    for part in schedule.split():
+        step, separator, layers = part.partition(":")
+        if not separator or not step.isdigit():
+            raise ValueError(f"layer_schedule is {schedule!r}; write it as 'step:layers ...', e.g. '0:emb 300:all'.")
+        stages.append((int(step), parse_layers(layers, depth)))
+    stages.sort(key=lambda stage: stage[0])
+    if not stages or stages[0][0] != 0:
+        raise ValueError(f"layer_schedule is {schedule!r}; its first part must begin at step 0, e.g. '0:emb 300:all'.")
+    if len({step for step, _ in stages}) < len(stages):
+        raise ValueError(f"layer_schedule is {schedule!r}; two of its parts begin at the same step. Remove one.")
+    return stages
+
+
 def layerwise_contrastive_loss(
     text_states: dict[int, torch.Tensor],
     text_mask: torch.Tensor,

@@ -20,9 +20,10 @@ def masked_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         (batch, dim); zeros for a sequence without valid tokens.
     """
     dtype = torch.promote_types(states.dtype, torch.float32)
-    # A product, not a sum over masked copies: one pass over the states, in their own dtype.
+    mask = mask.bool()
     weights = mask.to(dtype) / mask.sum(-1, keepdim=True).clamp(min=1)
-    return torch.einsum("bl,bld->bd", weights, states.to(dtype).masked_fill(~mask.bool()[:, :, None], 0))
+    with torch.autocast(states.device.type, enabled=False):  # it would take the product in bfloat16
+        return torch.einsum("bl,bld->bd", weights, states.to(dtype).masked_fill(~mask[:, :, None], 0))
 
 
 def cosine_similarity_matrix(
@@ -39,4 +40,5 @@ def cosine_similarity_matrix(
     """
     pooled_text = F.normalize(masked_mean(text, text_mask), dim=-1)
     pooled_speech = F.normalize(masked_mean(speech, speech_mask), dim=-1)
-    return pooled_text @ pooled_speech.T
+    with torch.autocast(pooled_text.device.type, enabled=False):
+        return pooled_text @ pooled_speech.T

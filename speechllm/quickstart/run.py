@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from transformers import ProgressCallback, TrainerCallback, set_seed
 
+from ..data.joining import joined_rows
 from ..data.schema import Row
 from ..data.splits import split_by_cluster
 from ..evaluation.nearest_tokens import nearest_tokens
@@ -45,8 +46,11 @@ from .sources import Source, load_source
 
 logger = logging.getLogger(__name__)
 
-LONGEST_UTTERANCE = 12.0  # seconds; a handful of longer prompts would cost as much as hundreds of the others
+LONGEST_UTTERANCE = 8.0  # seconds; a handful of longer prompts would cost as much as hundreds of the others
+PRETRAINING_BATCH, FINE_TUNING_BATCH = 32, 16
 PROJECTOR = dict(num_queries=2, hidden_size=384, num_hidden_layers=2, num_attention_heads=6, intermediate_size=1536)
+# Half of the prompts are single words: fine-tuning also hears random ones in a row (see `data/joining.py`).
+JOINED_ROWS, JOINED_SECONDS = 2000, 5.0
 SHOWN_UTTERANCES = 12  # held-out utterances with transcripts and audio in the report
 SHOWN_SIMILARITIES = 24  # rows and columns of the similarity matrices
 
@@ -168,6 +172,7 @@ class Quickstart:
             save_strategy="no",
             logging_steps=5,
             lr_scheduler_type="warmup_stable_decay",
+            length_window=100,  # the whole epoch: with so little data, the least padding
             feature_cache=str(cache_directory() / "features"),
             per_device_eval_batch_size=36,
             dataloader_pin_memory=torch.cuda.is_available(),
@@ -181,7 +186,7 @@ class Quickstart:
         arguments = ContrastiveArguments(
             **self.common_arguments("pretraining", steps),
             layer_schedule=schedule,
-            per_device_train_batch_size=32,
+            per_device_train_batch_size=PRETRAINING_BATCH,
             learning_rate=1e-3,
             warmup_steps=20,
             lr_scheduler_kwargs={"num_decay_steps": all_steps // 2},
@@ -255,14 +260,16 @@ class Quickstart:
         self.model.model.projector.load_state_dict(projector)
         arguments = FineTuningArguments(
             **self.common_arguments(name, steps),
-            per_device_train_batch_size=16,
-            learning_rate=5e-4,
+            per_device_train_batch_size=FINE_TUNING_BATCH,
+            learning_rate=1e-3,
             warmup_steps=10,
             lr_scheduler_kwargs={"num_decay_steps": steps // 2},
             max_new_tokens=48,
             lora_rank=lora_rank,
         )
-        trainer = FineTuningTrainer(self.model, arguments, self.train_rows, self.test_rows, self.processor)
+        joined = joined_rows(self.train_rows, JOINED_ROWS, JOINED_SECONDS, seed=self.settings.seed)
+        rows = self.train_rows + joined
+        trainer = FineTuningTrainer(self.model, arguments, rows, self.test_rows, self.processor)
         show_progress_only(trainer)
         begin = time.monotonic()
         trainer.train()

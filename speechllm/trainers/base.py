@@ -19,9 +19,9 @@ import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from ..checkpoint_speechllm import PROJECTOR_WEIGHTS, CheckpointError
+from ..checkpoint_speechllm import ADAPTER_CONFIG, ADAPTER_FOLDER, PROJECTOR_WEIGHTS, CheckpointError
 from ..data.feature_cache import FeatureCache
 from ..data.items import SpeechCollator, SpeechItems, approximate_length
 from ..data.sampling import DistinctBatchSampler
@@ -51,12 +51,24 @@ class SpeechLLMTrainingArguments(TrainingArguments):
         default=4, metadata={"help": "Global batches that are sorted by length together; 0 turns sorting off."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Rows are prepared here, not by column."})
-    report_to: str | list[str] = field(default="none", metadata={"help": "tensorboard, wandb, trackio, ... or none."})
+    report_to: None | str | list[str] = field(  # noqa: RUF036 (in another order the parser gives [None])
+        default="none", metadata={"help": "tensorboard, wandb, trackio, ... or none."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must stay False: the data's columns are not the model's inputs.")
+
+
+class EpochOfSampler(TrainerCallback):
+    """Tells the batch sampler the epoch. (Resumed in mid-epoch on several processes, `Trainer` does not reach it.)"""
+
+    def __init__(self, trainer: "SpeechLLMTrainer"):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.trainer.batch_sampler.set_epoch(int(state.epoch or 0))
 
 
 class SpeechLLMTrainer(Trainer):
@@ -80,10 +92,16 @@ class SpeechLLMTrainer(Trainer):
     ):
         if processing_class is None:
             raise ValueError("Give the model's processor as `processing_class`.")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"One process sees {args.n_gpu} GPUs. Start one process per GPU (`accelerate launch -m speechllm ...`), "
+                "or show it one (CUDA_VISIBLE_DEVICES=0)."
+            )
         self.speechllm = model
         self.set_aside: dict[str, str] = {}
         self.llm_tokens = 0  # tokens, without padding, that passed through the LLM in this process's training steps
-        self._terms: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._terms: dict[str, list[torch.Tensor]] = defaultdict(list)  # name -> (weighted value, weight) of each step
+        self._listed = 0  # utterances in `set_aside.jsonl`
         super().__init__(
             model=self.trained_module(model),
             args=args,
@@ -93,6 +111,7 @@ class SpeechLLMTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self.add_callback(EpochOfSampler(self))
         self.frames = self._frame_cache() if args.feature_cache else None
         self.train_rows = self._usable(train_dataset)
         self.eval_rows = self._usable(eval_dataset)
@@ -109,6 +128,10 @@ class SpeechLLMTrainer(Trainer):
         """The stage's data set of `rows`."""
         raise NotImplementedError
 
+    def problem(self, row: Row) -> str | None:
+        """Why the row, whatever its audio, cannot be used; `None` if it can."""
+        return None
+
     def batch_key(self, row: Row) -> Hashable:
         """Rows with equal keys never share a batch."""
         return row["id"]
@@ -121,19 +144,26 @@ class SpeechLLMTrainer(Trainer):
         return getattr(self.speechllm, "model", self.speechllm)
 
     def _frame_cache(self) -> FeatureCache:
-        if not self.headless.config.freeze_speech_encoder:
-            raise ValueError("feature_cache needs a frozen speech encoder: a trained one changes its features.")
+        if not self.headless.config.freeze_speech_encoder or self.headless.config.frozen_in_train_mode:
+            raise ValueError("feature_cache needs a speech encoder that is frozen and in evaluation mode.")
         return frame_cache(self.args.feature_cache, self.headless, self.processing_class)
 
     def _usable(self, rows: list[Row] | None) -> list[Row]:
         """The rows with ids, their frames cached, without those that cannot be used."""
         rows = with_ids(rows or [])
-        if self.frames is None or not rows:
-            return rows
-        unusable = fill_frame_cache(self.frames, rows, self.headless, self.processing_class)
-        self._note(unusable)
+        unusable = []
+        for row in rows:
+            reason = f"{row['id']} has no `audio`. Give it one." if row.get("audio") is None else self.problem(row)
+            unusable += [SetAside(row["id"], reason)] if reason else []
         names = {item.id for item in unusable}
-        return [row for row in rows if row["id"] not in names]
+        rows = [row for row in rows if row["id"] not in names]
+        if self.frames is not None and rows:
+            unhearable = fill_frame_cache(self.frames, rows, self.headless, self.processing_class)
+            unusable += unhearable
+            names = {item.id for item in unhearable}
+            rows = [row for row in rows if row["id"] not in names]
+        self._note(unusable)
+        return rows
 
     def _loader(self, dataset: SpeechItems, padding_side: str = "right", **sampling: Any) -> DataLoader:
         workers = self.args.dataloader_num_workers
@@ -148,8 +178,9 @@ class SpeechLLMTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
-            raise ValueError("There is nothing to train on: give `train_dataset`, and see `set_aside` for why not.")
-        sampler = DistinctBatchSampler(
+            first = next(iter(self.set_aside.values()), "there is no `train_dataset`.")
+            raise ValueError(f"There is nothing to train on: {first}")
+        self.batch_sampler = DistinctBatchSampler(
             [self.batch_key(row) for row in self.train_rows],
             [approximate_length(row) for row in self.train_rows],
             batch_size=self._train_batch_size,
@@ -157,7 +188,7 @@ class SpeechLLMTrainer(Trainer):
             seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
             window=self.args.length_window,
         )
-        return self.accelerator.prepare(self._loader(self.train_dataset, batch_sampler=sampler))
+        return self.accelerator.prepare(self._loader(self.train_dataset, batch_sampler=self.batch_sampler))
 
     def eval_batches(self, dataset: SpeechItems, padding_side: str = "right") -> DataLoader:
         """This process's share of `dataset`, in batches of similar length; each item's place is in `batch["rows"]`."""
@@ -183,10 +214,12 @@ class SpeechLLMTrainer(Trainer):
 
     def write_set_aside(self) -> None:
         """List what was set aside, over all processes, in `set_aside.jsonl` and in the log."""
-        found = list(self.set_aside.items())
-        found = dict(gather_object(found) if self.args.world_size > 1 else found)
-        if not found or not self.args.should_save:
+        if self.args.world_size > 1:
+            self.set_aside = dict(gather_object(list(self.set_aside.items())))
+        found = self.set_aside
+        if len(found) == self._listed or not self.args.should_save:
             return
+        self._listed = len(found)
         path = Path(self.args.output_dir) / "set_aside.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps({"id": name, "reason": reason}, ensure_ascii=False) for name, reason in found.items()]
@@ -200,16 +233,20 @@ class SpeechLLMTrainer(Trainer):
 
     # ---- losses and logs -------------------------------------------------------------------------------------------
 
-    def record(self, terms: dict[str, torch.Tensor | float]) -> None:
-        """Remember the values of loss terms until they are logged."""
+    def record(self, terms: dict[str, torch.Tensor | float], weight: float = 1.0) -> None:
+        """Remember the values of loss terms until they are logged; weight 0: they do not count, but keep step."""
         for name, value in terms.items():
-            self._terms[name].append(torch.as_tensor(value).detach().float())
+            value = torch.as_tensor(value, device=self.args.device).detach().float()
+            self._terms[name].append(
+                torch.stack([value if weight else torch.zeros_like(value), value.new_tensor(weight)])
+            )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._terms:
             for name, values in self._terms.items():
-                mean = torch.stack([value.to(self.args.device) for value in values]).mean()
-                logs[name] = round(self.accelerator.gather(mean).mean().item(), 6)
+                value, weight = self.accelerator.gather(torch.stack(values).sum(0)[None]).sum(0).tolist()
+                if weight:
+                    logs[name] = round(value / weight, 6)
             self._terms.clear()
         super().log(logs, start_time)
 
@@ -223,7 +260,7 @@ class SpeechLLMTrainer(Trainer):
             state_dict = {**self.speechllm.state_dict(), **{f"model.{k}": v for k, v in state_dict.items()}}
         self.speechllm.save_pretrained(folder, state_dict=state_dict)
         self.processing_class.save_pretrained(folder)
-        values = {name: str(value) for name, value in asdict(self.args).items() if "token" not in name}
+        values = {name: str(value) for name, value in asdict(self.args).items() if not name.endswith("_token")}
         (folder / "training_args.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -237,6 +274,11 @@ class SpeechLLMTrainer(Trainer):
             )
         weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
         self.speechllm.load_state_dict(weights, strict=False)
+        trained = {n for n, p in self.speechllm.named_parameters() if p.requires_grad and "lora_" not in n}
+        if missing := sorted(trained - {name.replace(".base_layer.", ".") for name in weights}):
+            raise CheckpointError(f"{folder} lacks the trained weights {missing[:5]}; resume elsewhere.")
+        if (folder / ADAPTER_FOLDER / ADAPTER_CONFIG).is_file():
+            self.speechllm.load_trained_adapter(folder / ADAPTER_FOLDER)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -2,7 +2,11 @@
 
 from dataclasses import dataclass, field
 
+from ..objectives import parse_layer_schedule
 from .base import SpeechLLMTrainingArguments
+
+
+ANY_DEPTH = 10_000  # deeper than any LLM: settings are checked before the LLM is known
 
 
 @dataclass
@@ -38,3 +42,9 @@ class ContrastiveArguments(SpeechLLMTrainingArguments):
         default=None, metadata={"help": "Folder to keep the frozen LLM's text states in; they are computed once."}
     )
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Utterances per device in evaluation."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        parse_layer_schedule(self.layer_schedule or f"0:{self.layers.replace(' ', ',')}", ANY_DEPTH)
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be above 0 (the paper: 0.1).")

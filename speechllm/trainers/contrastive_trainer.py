@@ -23,7 +23,7 @@ from ..data.items import AlignmentItems
 from ..data.schema import Row
 from ..data.splits import words_of
 from ..evaluation.retrieval import retrieval_metrics
-from ..objectives import layerwise_contrastive_loss, masked_mean, parse_layers
+from ..objectives import layerwise_contrastive_loss, masked_mean, parse_layer_schedule
 from ..objectives.layers import SIMILARITIES, Similarity
 from .base import SpeechLLMTrainer
 from .contrastive_config import ContrastiveArguments
@@ -52,26 +52,12 @@ class AlignedStates:
 Objective = Callable[[AlignedStates], dict[str, torch.Tensor]]
 
 
-def parse_layer_schedule(schedule: str, depth: int) -> list[tuple[int, list[int]]]:
-    """`"0:emb 300:all"` -> [(first step, layers), ...], in order.
+def shared_prefix(prefix: str, processor) -> list[int]:
+    """Token ids of the setting `prefix` (see `ContrastiveArguments`).
 
     Raises:
-        ValueError: if a part is not `step:layers`, or the first does not begin at step 0.
+        ValueError: if the LLM has nothing of the kind that the setting names.
     """
-    stages = []
-    for part in schedule.split():
-        step, separator, layers = part.partition(":")
-        if not separator or not step.isdigit():
-            raise ValueError(f"layer_schedule is {schedule!r}; write it as 'step:layers ...', e.g. '0:emb 300:all'.")
-        stages.append((int(step), parse_layers(layers, depth)))
-    stages.sort(key=lambda stage: stage[0])
-    if not stages or stages[0][0] != 0:
-        raise ValueError(f"layer_schedule is {schedule!r}; its first part must begin at step 0, e.g. '0:emb 300:all'.")
-    return stages
-
-
-def shared_prefix(prefix: str, processor) -> list[int]:
-    """Token ids of the setting `prefix` (see `ContrastiveArguments`)."""
     tokenizer = processor.tokenizer
     if prefix == "bos":
         if tokenizer.bos_token is None:
@@ -79,12 +65,16 @@ def shared_prefix(prefix: str, processor) -> list[int]:
         prefix = tokenizer.bos_token
     elif prefix == "auto":
         # What a later user turn adds to a chat, up to its content: free of default system messages.
-        turns = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]
-        before = processor.apply_chat_template(turns)
-        after = processor.apply_chat_template([*turns, {"role": "user", "content": "CONTENT"}])
-        opening = after[len(before) :].partition("CONTENT")[0] if after.startswith(before) else ""
+        turns = [{"role": "user", "content": "HELLO"}, {"role": "assistant", "content": "ANSWER"}]
+        closing = processor.apply_chat_template(turns).rpartition("ANSWER")[2]
+        chat = processor.apply_chat_template([*turns, {"role": "user", "content": "QUESTION"}])
+        opening = chat.rpartition("QUESTION")[0].rpartition("ANSWER")[2].removeprefix(closing)
         bos = tokenizer.bos_token or ""
         prefix = opening if opening.startswith(bos) else bos + opening
+        if not prefix:
+            raise ValueError(
+                "prefix is 'auto', but this LLM's chat template opens user turns with nothing; give a text."
+            )
     return tokenizer(prefix, add_special_tokens=False).input_ids if prefix else []
 
 
@@ -111,7 +101,8 @@ class ContrastiveTrainer(SpeechLLMTrainer):
         **kwargs: Any,
     ):
         headless = getattr(model, "model", model)
-        self.schedule = parse_layer_schedule(args.layer_schedule or f"0:{args.layers}", len(headless.llm_layers))
+        layers = args.layers.replace(" ", ",")
+        self.schedule = parse_layer_schedule(args.layer_schedule or f"0:{layers}", len(headless.llm_layers))
         self.all_layers = sorted({layer for _, layers in self.schedule for layer in layers})
         if similarity is None and args.similarity not in SIMILARITIES:
             raise ValueError(
@@ -124,8 +115,8 @@ class ContrastiveTrainer(SpeechLLMTrainer):
         self.prefix = shared_prefix(args.prefix, processing_class)
         self.text_states = None
         if args.text_state_cache:
-            if not headless.config.freeze_language_model:
-                raise ValueError("text_state_cache needs a frozen LLM: a trained one changes its states.")
+            if not headless.config.freeze_language_model or headless.config.frozen_in_train_mode:
+                raise ValueError("text_state_cache needs an LLM that is frozen and in evaluation mode.")
             self.text_states = text_state_cache(
                 args.text_state_cache,
                 headless,
@@ -148,6 +139,10 @@ class ContrastiveTrainer(SpeechLLMTrainer):
         if self.text_states is not None:
             fill_text_state_cache(self.text_states, items, self.headless, self.all_layers, self.pooled)
         return items
+
+    def problem(self, row: Row) -> str | None:
+        has_text = isinstance(row.get("text"), str) and row["text"].strip()
+        return None if has_text else f"{row['id']} has no `text`. Give its transcript."
 
     def batch_key(self, row: Row) -> str:
         return " ".join(words_of(row["text"])) or row["text"]
@@ -207,10 +202,11 @@ class ContrastiveTrainer(SpeechLLMTrainer):
             self.llm_tokens += 0 if "text_states" in batch else int(batch["text_attention_mask"].sum())
         loss = 0.0
         for name, (factor, objective) in self.objectives.items():
-            terms = objective(states)
-            loss = loss + factor * terms["loss"]
-            if weight:
-                self.record({f"loss_{name}" if part == "loss" else f"loss_{part}": v for part, v in terms.items()})
+            terms = dict(objective(states))
+            value = terms.pop("loss")
+            loss = loss + factor * value
+            group = "loss" if name == "contrastive" else f"loss_{name}"
+            self.record({f"loss_{name}": value, **{f"{group}_{part}": v for part, v in terms.items()}}, weight)
         loss = loss * weight
         return (loss, states) if return_outputs else loss
 
@@ -242,6 +238,8 @@ class ContrastiveTrainer(SpeechLLMTrainer):
                 }
         if self.args.world_size > 1:
             found = dict(gather_object(list(found.items())))
+        if not found:
+            raise ValueError(f"None of the {len(dataset)} utterances to evaluate on can be used; see `set_aside`.")
         order = sorted(found)
 
         def stacked(side: str) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
@@ -282,6 +280,7 @@ class ContrastiveTrainer(SpeechLLMTrainer):
         metrics.update({name.replace("layer", "loss_layer"): value.item() for name, value in terms.items()})
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         metrics.update(speed_metrics(metric_key_prefix, start, num_samples=len(rows)))
+        self.write_set_aside()
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

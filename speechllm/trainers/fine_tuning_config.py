@@ -18,3 +18,9 @@ class FineTuningArguments(SpeechLLMTrainingArguments):
         default=True, metadata={"help": "Evaluate by generation (WER and CER), besides the loss."}
     )
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Utterances per device in evaluation."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, least in (("lora_rank", 0), ("lora_alpha", 1), ("max_new_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")

@@ -5,15 +5,16 @@ only. Where the LLM is frozen, the part of the prompt that all rows begin with (
 and its keys and values are reused in every step. Evaluation generates answers and scores them.
 """
 
+import copy
 import time
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers import DynamicCache
 from transformers.trainer_utils import speed_metrics
 
 from ..data.items import AnswerItems
+from ..data.prompts import chat_of
 from ..data.schema import Row
 from ..evaluation.recognition import recognition_metrics
 from .base import SpeechLLMTrainer
@@ -21,7 +22,7 @@ from .fine_tuning_config import FineTuningArguments
 
 
 def add_lora(model, rank: int, alpha: int, seed: int = 0) -> None:
-    """Add trainable LoRA matrices to every linear layer of the LLM's blocks (PEFT); all else stays as it is."""
+    """Add trainable LoRA matrices, in float32, to every linear layer of the LLM's blocks (PEFT); all else stays."""
     from peft import LoraConfig
 
     names = {
@@ -34,6 +35,9 @@ def add_lora(model, rank: int, alpha: int, seed: int = 0) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:  # in the LLM's bfloat16 most updates would be rounded away
+            parameter.data = parameter.data.float()
     for parameter in trainable:  # PEFT freezes whatever is not an adapter
         parameter.requires_grad_(True)
 
@@ -53,10 +57,17 @@ class FineTuningTrainer(SpeechLLMTrainer):
             add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
         super().__init__(model, args, *positional, **kwargs)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the answer tokens of the whole global batch
-        self._prompt_start: tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]] | None = None
+        self._prompt_start: tuple[torch.Tensor, Any] | None = None  # token ids, cache of keys and values
 
     def items(self, rows: list[Row]) -> AnswerItems:
         return AnswerItems(rows, self.processing_class, self.frames)
+
+    def problem(self, row: Row) -> str | None:
+        try:
+            chat_of(row)
+        except ValueError as error:
+            return str(error)
+        return None
 
     # ---- training --------------------------------------------------------------------------------------------------
 
@@ -81,12 +92,9 @@ class FineTuningTrainer(SpeechLLMTrainer):
             return batch
         if self._prompt_start is None or not torch.equal(self._prompt_start[0], start):
             output = self.headless.language_model(input_ids=start[None], use_cache=True)
-            layers = [(layer.keys, layer.values) for layer in output.past_key_values.layers]
-            self._prompt_start = (start, layers)
-        size = len(batch["input_ids"])
-        cache = DynamicCache(config=self.headless.config.text_config)
-        for i, (keys, values) in enumerate(self._prompt_start[1]):
-            cache.update(keys.expand(size, -1, -1, -1), values.expand(size, -1, -1, -1), i)
+            self._prompt_start = (start, output.past_key_values)
+        cache = copy.deepcopy(self._prompt_start[1])  # the layers add to theirs
+        cache.batch_repeat_interleave(len(batch["input_ids"]))
         return {
             **batch,
             "input_ids": batch["input_ids"][:, length:],
@@ -105,8 +113,10 @@ class FineTuningTrainer(SpeechLLMTrainer):
             inputs = self._reused_start(inputs)
         reused = batch["input_ids"].shape[1] - inputs["input_ids"].shape[1]
         self.llm_tokens += int(batch["attention_mask"][:, reused:].sum())
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            num_items_in_batch = num_items_in_batch / self.args.world_size  # DDP averages over processes what it sums
+        if num_items_in_batch is not None:
+            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)  # 0: nothing could be used
+            if self.args.average_tokens_across_devices:  # DDP averages over processes what this is the sum of
+                num_items_in_batch = num_items_in_batch / self.args.world_size
         outputs = model(**inputs, answer_logits_only=True, num_items_in_batch=num_items_in_batch)
         loss = outputs.loss * batch["weight"]
         return (loss, outputs) if return_outputs else loss
@@ -163,6 +173,7 @@ class FineTuningTrainer(SpeechLLMTrainer):
             metrics.update(recognition_metrics(references, [self.predictions[row["id"]] for row in scored]))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         metrics.update(speed_metrics(metric_key_prefix, start, num_samples=len(rows)))
+        self.write_set_aside()
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

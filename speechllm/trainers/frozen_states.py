@@ -40,21 +40,25 @@ def fill_frame_cache(
     """Encode every utterance that the cache lacks. Returns those that cannot be used."""
     state = PartialState()
     device = model.speech_encoder.device
-    set_aside, missing = [], []
+    set_aside, missing = [], {}  # missing: key -> the rows with that recording
     for row in rows[state.process_index :: state.num_processes]:
         try:
-            if (key := audio_key(row["audio"], row.get("sampling_rate"))) not in cache:
-                missing.append((key, row))
-        except OSError as error:
-            set_aside.append(SetAside(row["id"], f"{row['id']} cannot be read: {error.strerror}. Check the path."))
-    training = model.training
-    model.eval()
-    progress = tqdm(missing, desc="Encoding speech", unit="utt", disable=not state.is_local_main_process or not missing)
-    for key, row in progress:
-        try:
-            segments = processor.extract_features(row["audio"], row.get("sampling_rate"), name=row["id"])
+            key = audio_key(row["audio"], row.get("sampling_rate"))
         except AudioError as error:
             set_aside.append(SetAside(row["id"], str(error)))
+            continue
+        if key not in cache:
+            missing.setdefault(key, []).append(row)
+    training = model.training
+    model.eval()
+    progress = tqdm(
+        missing.items(), desc="Encoding speech", unit="utt", disable=not state.is_local_main_process or not missing
+    )
+    for key, same in progress:
+        try:
+            segments = processor.extract_features(same[0]["audio"], same[0].get("sampling_rate"), name=same[0]["id"])
+        except AudioError as error:
+            set_aside += [SetAside(row["id"], str(error)) for row in same]
             continue
         frames, lengths = [], []
         for segment in segments:  # one at a time: memory stays bounded, and nothing is spent on padding

@@ -1,0 +1,57 @@
+"""Retrieval, error rates and nearest tokens on cases small enough to count by hand."""
+
+import pytest
+import torch
+from tiny import tiny_processor
+from tiny_training import tiny_rows, tiny_trainable
+
+from speechllm.evaluation.nearest_tokens import nearest_tokens
+from speechllm.evaluation.recognition import normalise, recognition_metrics
+from speechllm.evaluation.retrieval import retrieval_metrics
+
+
+def test_retrieval_by_hand():
+    similarity = torch.tensor([[0.9, 0.1, 0.4], [0.8, 0.2, 0.1], [0.1, 0.3, 0.5]])  # rows: texts
+    metrics = retrieval_metrics(similarity, ["a", "b", "c"], ks=(1, 2))
+    assert metrics["recall@1"] == pytest.approx(2 / 3)  # the second utterance is nearest to the third text
+    assert metrics["recall@2"] == 1
+    assert metrics["mean_rank"] == pytest.approx(4 / 3)
+    assert metrics["text_to_speech_recall@1"] == pytest.approx(2 / 3)
+
+
+def test_equal_texts_ties_and_not_a_number():
+    similarity = torch.tensor([[0.1, 0.9], [0.9, 0.1]])
+    assert retrieval_metrics(similarity, ["same", "same"])["recall@1"] == 1
+    assert retrieval_metrics(torch.ones(4, 4), list("abcd"))["recall@1"] == 0  # a collapsed model is no good one
+    assert retrieval_metrics(torch.full((4, 4), torch.nan), list("abcd"))["recall@1"] == 0
+
+
+def test_normalisation():
+    assert normalise("  Don’t — STOP, 'now'! ") == "don't stop now"
+    assert normalise("naïve café_1") == "naïve café 1"
+    assert normalise("हिन्दी।") == "हिन्दी"  # vowel signs belong to the word
+    assert normalise("...") == ""
+
+
+def test_error_rates_of_a_corpus():
+    metrics = recognition_metrics(["one two three four", "Five", "..."], ["one two tree", "five!", "x"])
+    assert metrics["wer"] == pytest.approx(2 / 5)  # all edits over all words, not a mean of rates
+    assert metrics["cer"] == pytest.approx(6 / 22)
+    with pytest.raises(ValueError, match="2 references, but 1"):
+        recognition_metrics(["a", "b"], ["a"])
+    with pytest.raises(ValueError, match="No reference"):
+        recognition_metrics(["!"], ["a"])
+
+
+def test_nearest_tokens_are_one_per_speech_token():
+    model = tiny_trainable()
+    processor = tiny_processor(model.config)
+    rows = tiny_rows(2)
+    found = nearest_tokens(model, processor, rows)
+    assert [len(tokens) for tokens in found] == [processor.count_speech_tokens(len(row["audio"])) for row in rows]
+    with torch.no_grad():  # an embedding table in which one entry is every speech token's nearest
+        speech = model.get_audio_features(**processor.pad_features(processor.extract_features(rows[0]["audio"])))
+        table = model.get_input_embeddings().weight
+        table.copy_(-speech.pooler_output[0].expand_as(table))
+        table[65] = speech.pooler_output[0]
+    assert nearest_tokens(model, processor, rows[:1])[0][0] == processor.tokenizer.decode([65])

@@ -1,0 +1,103 @@
+"""What both trainers share: resumption, caches on disk, several devices."""
+
+from unittest import mock
+
+import pytest
+import torch
+from tiny_training import contrastive, fine_tuning, save_base_models, tiny_rows, tiny_trainable, weights_of
+from transformers import TrainingArguments
+
+from speechllm import CheckpointError, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+
+
+SMALL = dict(hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=48)
+
+
+def assembled(bases):
+    torch.manual_seed(5)
+    model = SpeechLLMForConditionalGeneration.from_speech_text_pretrained(*bases, **SMALL)
+    return model, SpeechLLMProcessor.from_config(model.config)
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("full", 0), ("projector", 0), ("projector", 2), ("full", 2), (None, None)])
+def test_resuming_gives_the_weights_of_an_uninterrupted_run(tmp_path, kind, rank):
+    """`kind`: of the checkpoint; rank `None`: contrastive. With dropout, across an epoch's end and in mid-epoch."""
+    bases = save_base_models(tmp_path)
+
+    def trainer(folder, **options):
+        if rank is None:
+            return contrastive(tmp_path / folder, tiny_trainable(dropout=0.1), layers="0,1", **options)
+        model, processor = assembled(bases)
+        model.is_self_contained = kind == "full"
+        return fine_tuning(tmp_path / folder, model, processor=processor, lora_rank=rank, **options)
+
+    # 16 rows, batches of 2, accumulation 2: four steps per epoch; saved at step 6, in the middle of the second
+    options = {
+        "max_steps": 9,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "save_strategy": "steps",
+        "save_steps": 6,
+    }
+    whole = trainer("whole", **options)
+    whole.train()
+    resumed = trainer("resumed", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
+    assert resumed.state.global_step == 9
+    after = weights_of(whole.speechllm)
+    for name, value in weights_of(resumed.speechllm).items():
+        torch.testing.assert_close(value, after[name], atol=1e-6, rtol=0, msg=name)
+    assert not (tmp_path / "whole" / "checkpoint-6" / "pytorch_model.bin").exists()
+
+
+def test_a_checkpoint_without_weights_is_refused(tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    with pytest.raises(CheckpointError, match="holds neither"):
+        contrastive(tmp_path / "run").train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_one_process_with_several_gpus_is_refused(tmp_path):
+    with (
+        mock.patch.object(TrainingArguments, "n_gpu", mock.PropertyMock(return_value=2)),
+        pytest.raises(ValueError, match="one process per GPU"),
+    ):
+        contrastive(tmp_path)
+
+
+def test_a_damaged_cache_file_is_computed_again(tmp_path):
+    options = {"feature_cache": str(tmp_path / "cache"), "text_state_cache": str(tmp_path / "cache"), "layers": "0,1"}
+    options["max_steps"] = 4  # an epoch
+    first = contrastive(tmp_path / "a", **options)
+    first.train()
+    for folder in (first.frames.folder, first.text_states.folder):
+        files = sorted(folder.glob("*/*.safetensors"))
+        assert len(files) == 16
+        files[3].write_bytes(files[3].read_bytes()[:50])
+    second = contrastive(tmp_path / "b", **options)
+    second.train()
+    assert second.frames.corrupt == second.text_states.corrupt == 1
+    assert not second.set_aside
+    after = weights_of(first.speechllm)
+    for name, value in weights_of(second.speechllm).items():
+        torch.testing.assert_close(value, after[name], atol=1e-5, rtol=0)
+
+
+def test_other_weights_have_another_cache(tmp_path):
+    def folders(model, **options):
+        options = {"text_state_cache": str(tmp_path / "cache"), **options}
+        trainer = contrastive(tmp_path, model, tiny_rows(4), feature_cache=str(tmp_path / "cache"), **options)
+        return trainer.frames.folder, trainer.text_states.folder
+
+    plain = folders(tiny_trainable())
+    assert folders(tiny_trainable()) == plain
+    changed = tiny_trainable()
+    with torch.no_grad():
+        next(changed.model.speech_encoder.parameters()).view(-1)[0] += 1e-3
+        changed.model.language_model.layers[2].mlp.up_proj.weight[0, 0] += 1e-3
+    others = [folders(changed), folders(tiny_trainable().to(torch.bfloat16))]
+    assert all(a != b for other in others for a, b in zip(other, plain))
+    assert folders(tiny_trainable(speech_layer=1))[0] != plain[0]
+    assert folders(tiny_trainable(), layers="0,2")[1] != plain[1]
+    assert folders(tiny_trainable(), prefix="")[1] != plain[1]
+    assert folders(tiny_trainable(), layers="0,2")[0] == plain[0]

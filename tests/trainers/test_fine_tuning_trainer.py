@@ -1,0 +1,198 @@
+"""Fine-tuning: every answer token weighs alike, the reused prompt changes nothing, LoRA trains what it should."""
+
+import pytest
+import torch
+from tiny import tiny_processor, tiny_tokenizer, tone
+from tiny_training import (
+    batch_of,
+    fine_tuning,
+    gradient_of,
+    loss_and_gradient,
+    save_base_models,
+    tiny_rows,
+    tiny_trainable,
+    weights_of,
+)
+from transformers import AutoModel, TrainerCallback
+
+from speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+
+
+def system_processor(model, message):
+    """A processor whose chats open with a system message, so that all prompts share a long start."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = f"{{{{ '<|im_start|>system\n{message}<|im_end|>\n' }}}}" + tokenizer.chat_template
+    return tiny_processor(model.config, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "message", ["Hi.", "Listen closely and answer in one sentence."]
+)  # the second: past the window
+@pytest.mark.parametrize("text", ["llama-tied", "qwen3", "gemma2", "gemma3"])
+def test_reusing_the_prompts_start_changes_nothing(tmp_path, text, message):
+    model = tiny_trainable(text)
+    trainer = fine_tuning(tmp_path, model, processor=system_processor(model, message))
+    reused, reused_gradient = loss_and_gradient(trainer, batch_of(trainer))
+    assert len(trainer._prompt_start[0]) > len(message)
+    again, _ = loss_and_gradient(trainer, batch_of(trainer))
+    trainer._reused_start = lambda batch: batch
+    whole, whole_gradient = loss_and_gradient(trainer, batch_of(trainer))
+    assert reused == pytest.approx(whole, abs=1e-5)
+    assert again == reused
+    torch.testing.assert_close(reused_gradient, whole_gradient, atol=1e-5, rtol=1e-3)
+
+
+def test_reuse_follows_the_batch(tmp_path):
+    rows = tiny_rows(8)
+    for row in rows[4:]:
+        row["prompt"] = "Say it again."  # behind the audio: the start stays the same
+    trainer = fine_tuning(tmp_path, train=rows)
+    loss_and_gradient(trainer, batch_of(trainer, [0]))  # one row: all up to its first placeholder is "shared"
+    loss, _ = loss_and_gradient(trainer, batch_of(trainer, [1, 6, 7]))
+    trainer._reused_start = lambda batch: batch
+    assert loss == pytest.approx(loss_and_gradient(trainer, batch_of(trainer, [1, 6, 7]))[0], abs=1e-5)
+
+
+def test_logits_of_answers_are_enough(tmp_path):
+    trainer = fine_tuning(tmp_path)
+    batch = trainer._model_inputs(batch_of(trainer))
+    few = trainer.speechllm(**batch, answer_logits_only=True)
+    full = trainer.speechllm(**batch)
+    assert few.logits.shape[0] == (batch["labels"] != -100).sum() < batch["labels"].numel() / 2
+    torch.testing.assert_close(few.loss, full.loss, atol=1e-6, rtol=0)
+
+
+def test_accumulated_batches_weigh_every_answer_token_alike(tmp_path):
+    rows = tiny_rows(8)
+    for i, row in enumerate(rows):
+        row["target"] = "word " * (1 + 3 * i)  # of very different lengths
+    found = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            found.append(gradient_of(trainer.speechllm).clone())
+
+    for size, accumulation in ((8, 1), (2, 4)):
+        trainer = fine_tuning(
+            tmp_path,
+            train=rows,
+            max_steps=1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            max_grad_norm=0.0,
+        )
+        trainer.add_callback(Watch())
+        trainer.train()
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-3)
+
+
+def test_cached_frames_give_the_same_loss(tmp_path):
+    plain, cached = fine_tuning(tmp_path), fine_tuning(tmp_path, feature_cache=str(tmp_path / "cache"))
+    loss, gradient = loss_and_gradient(plain, batch_of(plain))
+    batch = batch_of(cached)
+    assert "speech_frames" in batch
+    cached_loss, cached_gradient = loss_and_gradient(cached, batch)
+    assert cached_loss == pytest.approx(loss, abs=1e-5)
+    torch.testing.assert_close(cached_gradient, gradient, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_training_learns_and_touches_only_what_it_should(tmp_path, rank):
+    model = tiny_trainable()
+    before = weights_of(model)
+    trainer = fine_tuning(
+        tmp_path, model, held_out=tiny_rows(4), max_steps=12, lora_rank=rank, learning_rate=3e-3, max_new_tokens=3
+    )
+    untrained = trainer.evaluate()
+    trainer.train()
+    trained = trainer.evaluate()
+    assert trained["eval_loss"] < untrained["eval_loss"] - 0.3
+    assert {"eval_loss", "eval_wer", "eval_cer", "eval_runtime"} <= trained.keys()
+    assert set(trainer.predictions) == {row["id"] for row in tiny_rows(4)}
+    trained_names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all("projector." in name or "lora_" in name for name in trained_names)
+    assert any("lora_" in name for name in trained_names) == bool(rank)
+    for name, value in model.state_dict().items():
+        plain = name.replace(".base_layer.", ".")
+        if "lora_" in name:
+            assert "lora_B" not in name or value.abs().max() > 0, name
+        else:
+            assert torch.equal(value, before[plain]) == ("projector." not in name), name
+
+
+def test_lora_weights_are_float32_beside_a_bfloat16_llm(tmp_path):
+    trainer = fine_tuning(tmp_path, tiny_trainable().to(torch.bfloat16), lora_rank=2)
+    adapters = [p.dtype for name, p in trainer.model.named_parameters() if "lora_" in name]
+    assert set(adapters) == {torch.float32}
+    assert loss_and_gradient(trainer, batch_of(trainer))[0] > 0
+
+
+def test_the_held_out_loss_is_per_token(tmp_path):
+    rows = tiny_rows(6)
+    rows[0]["target"] = "a much longer answer than all of the others have"
+    trainer = fine_tuning(tmp_path, held_out=rows, per_device_eval_batch_size=4, predict_with_generate=False)
+    metrics = trainer.evaluate()
+    whole = trainer.eval_batches(trainer.eval_dataset)
+    total = count = 0.0
+    for batch in whole:
+        for i in range(len(batch["rows"])):
+            single = next(iter(trainer._loader(trainer.eval_dataset, batch_sampler=[[batch["rows"][i]]])))
+            logits = trainer.speechllm(**trainer._model_inputs(single)).logits[0, :-1]
+            labels = single["labels"][0, 1:]
+            total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=-100).item()
+            count += int((labels != -100).sum())
+    assert metrics["eval_loss"] == pytest.approx(total / count, abs=1e-4)
+    assert "eval_wer" not in metrics
+
+
+def test_one_recording_may_have_several_questions(tmp_path):
+    path = str(tmp_path / "one.wav")
+    import soundfile
+
+    soundfile.write(path, tone(0.2), 16_000)
+    rows = [{"audio": path, "prompt": f"Question {i}?", "target": f"answer {i}"} for i in range(3)]
+    trainer = fine_tuning(tmp_path, held_out=rows, max_new_tokens=2, feature_cache=str(tmp_path / "cache"))
+    trainer.evaluate()
+    assert len(trainer.predictions) == 3
+
+
+def test_a_batch_of_unusable_utterances_has_no_weight(tmp_path):
+    rows = tiny_rows(8)
+    for row in rows[:4]:
+        row["audio"] = tone(0.2) * 0
+    trainer = fine_tuning(tmp_path, train=rows)
+    empty, full = batch_of(trainer, range(4)), batch_of(trainer, range(4, 8))
+    assert (empty["labels"] == -100).all()  # they must not count in `num_items_in_batch` either
+    count = trainer._get_num_items_in_batch([empty, full], "cpu")
+    assert count == (full["labels"] != -100).sum()
+    loss, gradient = loss_and_gradient(trainer, empty, num_items_in_batch=count)
+    assert loss == 0 and gradient.abs().max() == 0
+    nothing = trainer._get_num_items_in_batch([empty], "cpu")
+    assert loss_and_gradient(trainer, batch_of(trainer, range(4)), num_items_in_batch=nothing)[0] == 0
+
+
+def test_rows_without_an_answer_are_set_aside(tmp_path):
+    rows = tiny_rows(6)
+    rows[0] = {"id": "mute", "audio": tone(0.2)}
+    rows[1] = {**rows[1], "task": "sqa"}
+    trainer = fine_tuning(tmp_path, train=rows)
+    assert set(trainer.set_aside) == {"mute", "utterance 1"}
+    assert "`question`" in trainer.set_aside["utterance 1"] or "'question'" in trainer.set_aside["utterance 1"]
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_what_the_trainer_saves_loads_again(tmp_path, rank):
+    model = SpeechLLMForConditionalGeneration.from_speech_text_pretrained(
+        *save_base_models(tmp_path), hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=48
+    )
+    processor = SpeechLLMProcessor.from_config(model.config)
+    trainer = fine_tuning(tmp_path / "run", model, processor=processor, lora_rank=rank, learning_rate=1e-2)
+    trainer.train()
+    trainer.save_model()
+    assert (tmp_path / "run" / "projector.safetensors").is_file()
+    assert '"max_new_tokens"' in (tmp_path / "run" / "training_args.json").read_text()
+    again = AutoModel.from_pretrained(tmp_path / "run")
+    batch = trainer._model_inputs(batch_of(trainer))
+    with torch.no_grad():
+        expected = model.eval()(**batch).logits
+        torch.testing.assert_close(again.eval()(**batch).logits, expected, atol=1e-6, rtol=0)
