@@ -6,6 +6,7 @@ recogniser could make sense of raises an `AudioError`, so that training can set 
 """
 
 import io
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from .configuration_speechllm import SAMPLING_RATE
 
 
 LOWEST_RATE, HIGHEST_RATE = 4_000, 384_000  # Hz
+SHORTEST = 400  # samples at 16 kHz, 25 ms: one frame of Whisper or of the wav2vec 2.0 family
+LARGEST_SAMPLE = 16.0  # of float audio; files go a little beyond 1, integers in disguise far beyond
 LARGEST_CLIPPED_FRACTION = 0.3  # of the samples at the peak value; loud but usable recordings stay below a few percent
 SILENCE = 1e-5  # largest difference between samples of a silent recording (-100 dBFS)
 
@@ -37,7 +40,9 @@ class AudioError(ValueError):
     """Audio that cannot be used; the message names the item, the cause and the remedy."""
 
 
-def load_audio(source: AudioSource, sampling_rate: int | None = None, name: str | None = None) -> np.ndarray:
+def load_audio(
+    source: AudioSource, sampling_rate: int | None = None, name: str | None = None, shortest: int = SHORTEST
+) -> np.ndarray:
     """Decode, check, mix down and resample.
 
     Args:
@@ -45,23 +50,25 @@ def load_audio(source: AudioSource, sampling_rate: int | None = None, name: str 
             in [-1, 1] or integers, or a dict with `array` and `sampling_rate`, with `bytes`, or with `path`.
         sampling_rate: of samples, in Hz; 16,000 if not given. A file knows its own.
         name: what error messages call this item; default: the path or the kind of source.
+        shortest: samples at 16 kHz that there must be at least.
 
     Returns:
         (samples,) float32 at 16 kHz.
 
     Raises:
-        AudioError: if the source is missing, empty, not audio, truncated, silent, clipped beyond use, of more than two
-            channels or of an impossible sampling rate, or has samples that are not finite.
+        AudioError: if the source is missing, empty, not audio, truncated, too short, silent, clipped beyond use, of
+            more than two channels or of an impossible sampling rate, or has samples that are not finite.
     """
     if isinstance(source, dict):
+        name = name or source.get("path")
         if source.get("array") is not None:
-            return load_audio(source["array"], source.get("sampling_rate", sampling_rate), name or source.get("path"))
+            return load_audio(source["array"], source.get("sampling_rate", sampling_rate), name, shortest)
         inner = source.get("bytes") or source.get("path")
         if not inner:
             raise AudioError(f"{name or 'The audio'} is a dict without `array`, `bytes` or `path`. Give one of them.")
-        return load_audio(inner, sampling_rate, name or source.get("path"))
+        return load_audio(inner, sampling_rate, name, shortest)
     if isinstance(source, str | os.PathLike):
-        name = name or str(source)
+        name = str(source) if name in (None, str(source)) else f"{name} ({source})"
         samples, rate = _decode(_read(source, name), name)
     elif isinstance(source, bytes | bytearray | memoryview):
         name = name or "the audio bytes"
@@ -73,7 +80,7 @@ def load_audio(source: AudioSource, sampling_rate: int | None = None, name: str 
         raise AudioError(
             f"{name or 'The audio'} is a {type(source).__name__}. Give a path, bytes, a NumPy array or a torch tensor."
         )
-    return _checked(_resampled(_mono(samples, name), rate, name), name)
+    return _resampled(_checked(_mono(samples, name), rate, name, shortest), rate, name)
 
 
 def _read(path: str | os.PathLike, name: str) -> bytes:
@@ -123,9 +130,9 @@ def _as_samples(source: Any, name: str) -> np.ndarray:
     if samples.ndim not in (1, 2):
         raise AudioError(f"{name} has shape {samples.shape}. Give (time,), (channels, time) or (time, channels).")
     if np.issubdtype(samples.dtype, np.integer):
-        if samples.dtype == np.uint8:  # as in 8-bit WAV files
-            return (samples.astype(np.float32) - 128) / 128
-        return samples.astype(np.float32) / (np.iinfo(samples.dtype).max + 1.0)
+        half = 2.0 ** (8 * samples.dtype.itemsize - 1)
+        zero = half if np.issubdtype(samples.dtype, np.unsignedinteger) else 0.0  # as in 8-bit WAV files
+        return ((samples - zero) / half).astype(np.float32)
     if not np.issubdtype(samples.dtype, np.floating):
         raise AudioError(f"{name} has elements of type {samples.dtype}. Give floats in [-1, 1] or integers.")
     return samples.astype(np.float32)
@@ -149,27 +156,32 @@ def _mono(samples: np.ndarray, name: str) -> np.ndarray:
     return samples.mean(axis=1)
 
 
-def _resampled(samples: np.ndarray, rate: float, name: str) -> np.ndarray:
-    if not LOWEST_RATE <= rate <= HIGHEST_RATE:
+def _checked(samples: np.ndarray, rate: float, name: str, shortest: int) -> np.ndarray:
+    """Refuse what no recogniser could make sense of. (Before resampling, which would blur a clipped signal's peaks.)"""
+    if not isinstance(rate, int | float | np.number) or not LOWEST_RATE <= rate <= HIGHEST_RATE:
+        shown = f"{rate:,} Hz" if isinstance(rate, int | float | np.number) else repr(rate)
         raise AudioError(
-            f"{name} has a sampling rate of {rate:,} Hz; {LOWEST_RATE:,} to {HIGHEST_RATE:,} Hz are possible for "
-            "speech. Correct the rate (or the file's header)."
+            f"{name} has a sampling rate of {shown}; {LOWEST_RATE:,} to {HIGHEST_RATE:,} Hz are possible for speech. "
+            "Correct the rate (or the file's header)."
+        )
+    seconds = len(samples) / rate
+    if seconds < shortest / SAMPLING_RATE:
+        raise AudioError(
+            f"{name} is too short: {seconds * 1000:.1f} ms, and the encoder needs at least "
+            f"{shortest / SAMPLING_RATE * 1000:.1f} ms. Leave it out or pad it with silence."
         )
     if not np.isfinite(samples).all():
         count = int((~np.isfinite(samples)).sum())
         raise AudioError(f"{name} has {count:,} samples that are not finite numbers. Export it again without them.")
-    if rate == SAMPLING_RATE:
-        return samples
-    if resample is None:
-        raise AudioError(f"{name} is at {rate:,} Hz and torchaudio, which resamples, is missing: install torchaudio.")
-    return resample(torch.from_numpy(np.ascontiguousarray(samples)), round(rate), SAMPLING_RATE).numpy()
-
-
-def _checked(samples: np.ndarray, name: str) -> np.ndarray:
     if np.ptp(samples) < SILENCE:
         raise AudioError(f"{name} is silent: all of its {len(samples):,} samples are equal. Check the recording.")
     magnitude = np.abs(samples)
     peak = magnitude.max()
+    if peak > LARGEST_SAMPLE:
+        raise AudioError(
+            f"{name} has samples up to {peak:,.0f}; floats must be in [-1, 1]. Give integer samples as integers, or "
+            "divide them by the largest value of their type."
+        )
     clipped = float((magnitude >= 0.999 * peak).mean())
     if clipped > LARGEST_CLIPPED_FRACTION:
         raise AudioError(
@@ -177,6 +189,19 @@ def _checked(samples: np.ndarray, name: str) -> np.ndarray:
             "Record it again at a lower level."
         )
     return samples
+
+
+def _resampled(samples: np.ndarray, rate: float, name: str) -> np.ndarray:
+    if rate == SAMPLING_RATE:
+        return samples
+    if resample is None:
+        raise AudioError(f"{name} is at {rate:,} Hz and torchaudio, which resamples, is missing: install torchaudio.")
+    rate = round(rate)
+    if (
+        math.gcd(rate, SAMPLING_RATE) < 10
+    ):  # such a rate would need a filter of gigabytes; 5 Hz more or less are inaudible
+        rate = round(rate, -1)
+    return resample(torch.from_numpy(np.ascontiguousarray(samples)), rate, SAMPLING_RATE).numpy()
 
 
 __all__ = ["AudioError", "load_audio"]

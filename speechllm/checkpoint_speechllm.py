@@ -1,16 +1,14 @@
 """Saving and loading a SpeechLLM: two kinds of checkpoint, one loader.
 
 *Full*: every weight in `model.safetensors`, self-contained.
-*Projector-only*: the trained weights in `projector.safetensors` (and `adapter/` for PEFT adapters), while `config.json`
+*Projector-only*: the trained weights in `projector.safetensors` (and `adapter/` for a PEFT adapter), while `config.json`
 names the frozen encoder and LLM and pins them to revisions. Loading takes those two from where they lie and merges.
 
-1. Frozen weights come through Transformers' own loaders, so every renaming or fusing that a base model needs happens.
-2. Nothing is ever initialised at random behind the user's back: a tensor that is missing or has another shape, a base
+1. Nothing is ever initialised at random behind the user's back: a tensor that is missing or has another shape, a base
    model that cannot be found or has changed since, is a `CheckpointError` that names it.
-3. Only safetensors are read and written. A folder is complete or untouched: files are written beside it, then moved.
+2. Only safetensors are read and written. A folder is complete or untouched: files are written beside it, then moved.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,34 +20,45 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AddedToken, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
-from transformers.models.whisper.modeling_whisper import WhisperModel
-from transformers.utils import logging
-from transformers.utils.hub import cached_file, extract_commit_hash
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers.utils import GENERATION_CONFIG_NAME, logging
+from transformers.utils.hub import cached_file
 
-from .configuration_speechllm import AUDIO_TOKEN, SpeechLLMConfig, SpeechLLMProjectorConfig
+from .base_models_speechllm import (
+    LOADING,
+    CheckpointError,
+    add_audio_token,
+    base_weights,
+    copy_generation_config,
+    explained,
+    pin_revision,
+    refuse_incomplete,
+)
+from .configuration_speechllm import SpeechLLMConfig, SpeechLLMProjectorConfig
 
 
 PROJECTOR_WEIGHTS = "projector.safetensors"
-ADAPTER_FOLDER = "adapter"
+ADAPTER_FOLDER, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
 HUB_FILES = (
     "audio_speechllm.py",
+    "base_models_speechllm.py",
+    "chat_speechllm.py",
     "checkpoint_speechllm.py",
     "configuration_speechllm.py",
+    "encoder_speechllm.py",
+    "generation_speechllm.py",
+    "language_speechllm.py",
     "modeling_speechllm.py",
     "processing_speechllm.py",
+    "projector_speechllm.py",
 )
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-# SpecAugment's mask vector is used in training only and is absent from many encoders' checkpoints.
-UNUSED_IN_EVALUATION = ("masked_spec_embed",)
-
-
-class CheckpointError(OSError):
-    """A checkpoint that cannot be read or written; the message says which part, why and what to do."""
 
 
 class SpeechLLMCheckpointMixin:
     """`from_pretrained`, `from_speech_text_pretrained` and `save_pretrained` of the SpeechLLM classes."""
+
+    is_self_contained = False  # loaded from a full checkpoint, whose base models may be nowhere near
 
     @classmethod
     def from_speech_text_pretrained(
@@ -79,19 +88,22 @@ class SpeechLLMCheckpointMixin:
         Raises:
             CheckpointError: if either model cannot be found or lacks a weight.
         """
-        bases = {
-            "speech": {"id": os.fspath(speech_id), "revision": speech_revision},
-            "text": {"id": os.fspath(text_id), "revision": text_revision},
-        }
-        configs = {}
-        for name, base in bases.items():
-            with _explained(f"the {name} model {base['id']!r}", remedy="Check the id or path."):
-                configs[name] = AutoConfig.from_pretrained(base["id"], revision=base["revision"])
-            base["revision"] = pin_revision(base["id"], base["revision"])
-        tokenizer = AutoTokenizer.from_pretrained(bases["text"]["id"], revision=text_revision)
+        bases, configs = {}, {}
+        text_id = os.fspath(text_id)
+        given = {"speech": (os.fspath(speech_id), speech_revision), "text": (text_id, text_revision)}
+        for name, (base_id, revision) in given.items():
+            with explained(f"the {name} model {base_id!r}", remedy="Check the id or path."):
+                configs[name] = AutoConfig.from_pretrained(base_id, revision=revision)
+                base_id = os.path.abspath(base_id) if os.path.isdir(base_id) else base_id
+                bases[name] = {"id": base_id, "revision": pin_revision(base_id, revision)}
+        with explained(f"the tokenizer of {text_id!r}", remedy="Put the LLM's tokenizer files beside its weights."):
+            tokenizer = AutoTokenizer.from_pretrained(text_id, revision=text_revision)
+            text_config = configs["text"].get_text_config(decoder=True)
+            if len(tokenizer) < text_config.vocab_size / 2:  # without its files, Transformers makes an empty one
+                raise ValueError(f"it has {len(tokenizer)} tokens, and the LLM's vocabulary {text_config.vocab_size}.")
         config = SpeechLLMConfig(
             speech_config=configs["speech"],
-            text_config=configs["text"].get_text_config(decoder=True),
+            text_config=text_config,
             projector_config=SpeechLLMProjectorConfig(**projector),
             speech_layer=speech_layer,
             audio_token_id=add_audio_token(tokenizer),
@@ -104,8 +116,8 @@ class SpeechLLMCheckpointMixin:
         dtype = dtype if dtype not in (None, "auto") else configs["text"].dtype or torch.float32
         model = cls._merge(config, trained=None, dtype=dtype, **options)
         if model.can_generate():
-            with _explained("the LLM's generation settings", remedy=""):
-                _copy_generation_config(model, bases["text"], tokenizer)
+            with explained("the LLM's generation settings", remedy=""):
+                copy_generation_config(model, bases["text"], tokenizer)
         return model
 
     @classmethod
@@ -121,29 +133,36 @@ class SpeechLLMCheckpointMixin:
                 None, *args, config=config, output_loading_info=output_loading_info, **kwargs
             )
         hub = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
+        # Not for the configuration, which would take "auto" for the dtype of the weights.
+        dtype = kwargs.pop("torch_dtype", None)
+        dtype = kwargs.pop("dtype", None) or dtype
         if not isinstance(config, PreTrainedConfig):
-            config, kwargs = cls.config_class.from_pretrained(
-                config or path, return_unused_kwargs=True, **{**kwargs, **hub}
-            )
+            with explained(f"the checkpoint {path}", remedy="Check the id or path."):
+                config, kwargs = cls.config_class.from_pretrained(
+                    config or path, return_unused_kwargs=True, **{**kwargs, **hub}
+                )
         # Files of optional parts: absent ones are None.
         find = {**hub, "_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
         weights = cached_file(path, PROJECTOR_WEIGHTS, **find)
         rest = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS}
+        if dtype is not None:
+            rest["dtype"] = dtype
         if weights is not None:
-            with _explained(f"the trained weights {weights}", remedy="Download or train them again."):
+            with explained(f"the trained weights {weights}", remedy="Download or train them again."):
                 trained = load_file(weights)
             model, info = cls._merge(config, trained, *args, output_loading_info=True, **rest)
+            if model.can_generate() and cached_file(path, GENERATION_CONFIG_NAME, **find) is not None:
+                model.generation_config = GenerationConfig.from_pretrained(path, **hub)
         else:
-            with _explained(f"the checkpoint {path}", remedy="Download or save it again."):
-                model, info = super().from_pretrained(
-                    path, *args, config=config, output_loading_info=True, use_safetensors=True,
-                    ignore_mismatched_sizes=True, **{**rest, **hub},
-                )  # fmt: skip
-            _refuse_incomplete(info, f"The checkpoint {path}")
+            with explained(f"the checkpoint {path}", remedy="Download or save it again."):
+                model, info = super().from_pretrained(path, *args, config=config, **{**rest, **hub, **LOADING})
+            refuse_incomplete(info, f"The checkpoint {path}")
+            model.freeze()  # loading makes every parameter trainable
+            model.is_self_contained = True
         model.name_or_path = str(path)
         subfolder = "/".join(filter(None, [hub.pop("subfolder", ""), ADAPTER_FOLDER]))
-        if (adapter := cached_file(path, "adapter_config.json", **{**find, "subfolder": subfolder})) is not None:
-            cached_file(path, "adapter_model.safetensors", subfolder=subfolder, **hub)
+        if (adapter := cached_file(path, ADAPTER_CONFIG, **{**find, "subfolder": subfolder})) is not None:
+            cached_file(path, ADAPTER_WEIGHTS, subfolder=subfolder, **hub)
             model.load_trained_adapter(Path(adapter).parent)
         return (model, info) if output_loading_info else model
 
@@ -155,23 +174,22 @@ class SpeechLLMCheckpointMixin:
                 "This projector-only checkpoint does not say which speech encoder and LLM it belongs to (config.json "
                 "lacks `base_models`). Use the config.json that it was saved with."
             )
-        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or "auto"
+        dtype = kwargs.pop("dtype", "auto")
         if dtype == "auto":
             dtype = config.dtype or torch.float32
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        weights = {**_base_weights(config, dtype), **(trained or {})}
+        kwargs.update(LOADING, dtype=dtype, state_dict={**base_weights(config, dtype), **(trained or {})})
         level = logging.get_verbosity()
         logging.set_verbosity_error()  # a report on random weights would be wrong: see the check below
         try:
-            model, info = super().from_pretrained(
-                None, *args, config=config, state_dict=weights, dtype=dtype, output_loading_info=True,
-                ignore_mismatched_sizes=True, **kwargs,
-            )  # fmt: skip
+            model, info = super().from_pretrained(None, *args, config=config, **kwargs)
         finally:
             logging.set_verbosity(level)
         if trained is None:
             info["missing_keys"] = {key for key in info["missing_keys"] if "projector." not in key}
-        _refuse_incomplete(info, "The merge of base models and trained weights")
+            model.base_model.projector.float()  # `_keep_in_fp32_modules_strict` is for weights that are loaded
+        refuse_incomplete(info, "The merge of base models and trained weights")
+        model.freeze()  # loading makes every parameter trainable
         return (model, info) if output_loading_info else model
 
     def save_pretrained(
@@ -187,25 +205,35 @@ class SpeechLLMCheckpointMixin:
         """Write a checkpoint that loads with `trust_remote_code=True` where this package is not installed.
 
         Args:
-            kind: `"full"`, `"projector"`, or `None`: projector-only where the frozen parts are indeed frozen and
-                pinned to base models, full otherwise.
+            kind: `"full"`, `"projector"`, or `None`: full where the model came from a full checkpoint or its base
+                models are trained or not pinned, projector-only otherwise. After merging an adapter into the LLM, use
+                `"full"`: a projector-only checkpoint has the LLM as it was.
             state_dict: weights to save instead of the model's own (as `Trainer` passes).
 
         Raises:
             CheckpointError: if the folder cannot be written; what was there before is then untouched.
+            ValueError: if a projector-only checkpoint or the adapters' kind would lose trained weights.
         """
         if kind not in (None, "full", "projector"):
             raise ValueError(f"kind is {kind!r}; use 'full', 'projector' or None.")
         if kind == "projector" and not self.config.base_models:
             raise ValueError("A projector-only checkpoint needs `config.base_models`; save with kind='full'.")
+        base_is_trained = self._base_is_trained()
+        if kind == "projector" and base_is_trained:
+            raise ValueError(
+                "A projector-only checkpoint would lose the trained weights of the speech encoder or the LLM (some of "
+                "their parameters require a gradient); save with kind='full'."
+            )
         if kind is None:
-            kind = "projector" if self.config.base_models and not self._base_is_trained() else "full"
+            whole = self.is_self_contained or base_is_trained or not self.config.base_models
+            kind = "full" if whole else "projector"
         if not is_main_process:
             return
-        state, adapters = _split_adapters(self, self.state_dict() if state_dict is None else state_dict)
+        state, adapter = _split_adapter(self, self.state_dict() if state_dict is None else state_dict)
         with replaced_folder(save_directory) as folder:
             if kind == "projector":
-                trained = {key: value.contiguous() for key, value in state.items() if "projector." in key}
+                prefix = self._headless_prefix()
+                trained = {prefix + key: value.contiguous() for key, value in state.items() if "projector." in key}
                 save_file(trained, folder / PROJECTOR_WEIGHTS, metadata={"format": "pt"})
                 self.config.dtype = str(self._frozen_dtype()).split(".")[-1]
                 self.config.architectures = [type(self).__name__]
@@ -219,11 +247,10 @@ class SpeechLLMCheckpointMixin:
                 finally:
                     self._hf_peft_config_loaded = has_adapter
                 _set_dtype(folder / "config.json", self._frozen_dtype())
-            for name, (adapter_config, adapter_state) in adapters.items():
-                target = folder / ADAPTER_FOLDER if name == "default" else folder / ADAPTER_FOLDER / name
-                target.mkdir(parents=True)
-                adapter_config.save_pretrained(target)
-                save_file(adapter_state, target / "adapter_model.safetensors", metadata={"format": "pt"})
+            if adapter is not None:
+                adapter_config, adapter_state = adapter
+                adapter_config.save_pretrained(folder / ADAPTER_FOLDER)
+                save_file(adapter_state, folder / ADAPTER_FOLDER / ADAPTER_WEIGHTS, metadata={"format": "pt"})
             copy_hub_files(folder)
         if push_to_hub:
             self._upload(save_directory, **kwargs)
@@ -242,16 +269,15 @@ class SpeechLLMCheckpointMixin:
             CheckpointError: if the file is missing, corrupt, or does not fit this model.
         """
         path = Path(folder) / PROJECTOR_WEIGHTS
-        with _explained(f"the trained weights {path}", remedy="Resume from another checkpoint."):
+        with explained(f"the trained weights {path}", remedy="Resume from another checkpoint."):
             trained = load_file(path)
+        trained = {key.removeprefix(self._headless_prefix()): value for key, value in trained.items()}
         own = {key: value for key, value in self.state_dict().items() if "projector." in key}
-        if not all("model." + key in trained or key in trained for key in own):
-            trained = {key.removeprefix("model."): value for key, value in trained.items()}
         missing = own.keys() - trained.keys()
         reshaped = {key for key in own.keys() & trained.keys() if own[key].shape != trained[key].shape}
-        _refuse_incomplete({"missing_keys": missing, "mismatched_keys": reshaped}, f"The checkpoint {folder}")
+        refuse_incomplete({"missing_keys": missing, "mismatched_keys": reshaped}, f"The checkpoint {folder}")
         self.load_state_dict(trained, strict=False)
-        if (Path(folder) / ADAPTER_FOLDER / "adapter_config.json").is_file():
+        if (Path(folder) / ADAPTER_FOLDER / ADAPTER_CONFIG).is_file():
             self.load_trained_adapter(Path(folder) / ADAPTER_FOLDER)
 
     def load_trained_adapter(self, folder: str | os.PathLike) -> None:
@@ -260,11 +286,17 @@ class SpeechLLMCheckpointMixin:
             from peft import PeftConfig, set_peft_model_state_dict
         except ImportError as error:
             raise CheckpointError(f"The checkpoint has a PEFT adapter ({folder}). Run `pip install peft`.") from error
-        with _explained(f"the adapter {folder}", remedy="Download or train it again."):
-            if not getattr(self, "_hf_peft_config_loaded", False):
+        with explained(f"the adapter {folder}", remedy="Download or train it again."):
+            weights = load_file(Path(folder) / ADAPTER_WEIGHTS)
+            if not getattr(self, "peft_config", None):
+                trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
                 self.add_adapter(PeftConfig.from_pretrained(folder))
-            result = set_peft_model_state_dict(self, load_file(Path(folder) / "adapter_model.safetensors"))
-        _refuse_incomplete(
+                for parameter in trained:  # PEFT froze all but the adapter
+                    parameter.requires_grad_(True)
+                self.train(self.training)  # new layers come in training mode
+            (name,) = self.peft_config
+            result = set_peft_model_state_dict(self, weights, adapter_name=name)
+        refuse_incomplete(
             {"missing_keys": [key for key in result.missing_keys if "lora_" in key]}, f"The adapter {folder}"
         )
 
@@ -274,126 +306,41 @@ class SpeechLLMCheckpointMixin:
             for name, parameter in self.named_parameters()
         )
 
+    def _headless_prefix(self) -> str:
+        """What the names in `projector.safetensors` have before those of this model."""
+        return f"{self.base_model_prefix}." if self.base_model is self else ""
+
     def _frozen_dtype(self) -> torch.dtype:
         return self.get_input_embeddings().weight.dtype
-
-
-# ---- base models ---------------------------------------------------------------------------------------------------
-
-
-def add_audio_token(tokenizer) -> int:
-    """Give the tokenizer the audio placeholder, behind all of its own tokens, and return its id."""
-    tokenizer.add_tokens([AddedToken(AUDIO_TOKEN, special=True, normalized=False)], special_tokens=True)
-    return tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
-
-
-def pin_revision(model_id: str, revision: str | None) -> str | None:
-    """The commit that a repository's revision stands for, or a fingerprint of a local folder's weights: a hash of each
-    safetensors file's name, size, header and first and last MiB."""
-    if not os.path.isdir(model_id):
-        return extract_commit_hash(cached_file(model_id, "config.json", revision=revision), None)
-    digest = hashlib.sha256()
-    for path in sorted(Path(model_id).glob("*.safetensors")):
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-            digest.update(f"{path.name} {size} ".encode() + file.read(min(header, size)) + file.read(1 << 20))
-            file.seek(max(0, size - (1 << 20)))
-            digest.update(file.read())
-    return "sha256:" + digest.hexdigest()
-
-
-def _base_weights(config: SpeechLLMConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """State dict of the frozen parts under the SpeechLLM's names."""
-    weights = {}
-    for name, base in config.base_models.items():
-        what, revision = f"the frozen {name} model {base['id']!r}", base.get("revision")
-        local = os.path.isdir(base["id"])
-        if revision is not None and revision.startswith("sha256:"):
-            if not local:
-                raise CheckpointError(
-                    f"Cannot load {what}: there is no such folder. The checkpoint holds trained weights only; put the "
-                    "folder back, set `base_models` in config.json to where it is now, or use a full checkpoint."
-                )
-            if pin_revision(base["id"], None) != revision:
-                raise CheckpointError(
-                    f"Cannot load {what}: its weights are not those that the checkpoint was trained with (pinned "
-                    f"{revision[:19]}...). Restore the original files, or train again on the new ones."
-                )
-        options = {"dtype": dtype, "output_loading_info": True, "revision": None if local else revision}
-        with _explained(what, remedy="Check the id or path and the network; see `base_models` in config.json."):
-            if name == "text":
-                model, info = AutoModelForCausalLM.from_pretrained(base["id"], **options)
-                prefix = f"{model.base_model_prefix}."
-                rename = {prefix: "model.language_model.", "": "head."}
-            elif config.is_whisper:
-                model, info = WhisperModel.from_pretrained(base["id"], **options)
-                model, rename = model.encoder, {"": "model.speech_encoder."}
-            else:
-                model, info = AutoModel.from_pretrained(base["id"], **options)
-                rename = {"": "model.speech_encoder."}
-        _refuse_incomplete(info, f"{what[0].upper()}{what[1:]}")
-        for key, value in model.state_dict().items():
-            old = next(old for old in rename if key.startswith(old))
-            weights[rename[old] + key.removeprefix(old)] = value
-    return weights
-
-
-def _copy_generation_config(model, base: dict[str, str], tokenizer) -> None:
-    """The LLM's generation settings, with end-of-text and padding ids from its tokenizer where it has none."""
-    from transformers import GenerationConfig
-
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(base["id"], revision=_hub_revision(base))
-    except OSError:  # the LLM comes without a generation_config.json, as many do
-        model.generation_config = GenerationConfig.from_model_config(model.config.text_config)
-    settings = model.generation_config
-    settings.eos_token_id = tokenizer.eos_token_id if settings.eos_token_id is None else settings.eos_token_id
-    if settings.pad_token_id is None:
-        settings.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
-def _hub_revision(base: dict[str, str]) -> str | None:
-    return None if os.path.isdir(base["id"]) else base["revision"]
-
-
-def _refuse_incomplete(info: dict[str, Any], what: str) -> None:
-    """Raise if loading left a tensor without its weights."""
-    missing = sorted(key for key in info["missing_keys"] if not key.endswith(UNUSED_IN_EVALUATION))
-    reshaped = sorted(str(key if isinstance(key, str) else key[0]) for key in info.get("mismatched_keys", ()))
-    for problem, names in (("lacks", missing), ("has another shape than the configuration says for", reshaped)):
-        if names:
-            listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            raise CheckpointError(
-                f"{what} {problem} {len(names)} tensor(s): {listed}. Loading would leave random weights in their "
-                "place. Use the config.json and weights that were saved together, or download them again."
-            )
 
 
 # ---- adapters ------------------------------------------------------------------------------------------------------
 
 
-def _split_adapters(model, state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, tuple]]:
-    """A state dict -> the weights under the names of a model without adapters, and each adapter's (config, weights)."""
+def _split_adapter(model, state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], tuple | None]:
+    """A state dict -> the weights under the names of a model without adapter, and the adapter's (config, weights)."""
     configs = getattr(model, "peft_config", None)
     if not configs:
-        return state, {}
+        return state, None
+    from_peft = {name: str(getattr(config.peft_type, "value", config.peft_type)) for name, config in configs.items()}
+    if len(configs) > 1 or set(from_peft.values()) != {"LORA"}:
+        raise ValueError(
+            f"The model has the adapters {from_peft}; one LoRA adapter can be saved with a checkpoint. Delete or merge "
+            "the others first (`delete_adapter`, `merge_and_unload`)."
+        )
     try:
         from peft import get_peft_model_state_dict
     except ImportError as error:
-        raise CheckpointError("The model has PEFT adapters; saving it needs `pip install peft`.") from error
-    adapters = {}
-    for name, adapter_config in configs.items():
-        tensors = get_peft_model_state_dict(model, state_dict=state, adapter_name=name)
-        adapters[name] = (adapter_config, {k: v.contiguous() for k, v in tensors.items() if "projector." not in k})
+        raise CheckpointError("The model has a PEFT adapter; saving it needs `pip install peft`.") from error
+    ((name, config),) = configs.items()
+    weights = get_peft_model_state_dict(model, state_dict=state, adapter_name=name, save_embedding_layers=False)
+    weights = {key: value.contiguous() for key, value in weights.items()}
     plain = {}
     for key, value in state.items():
-        if "lora_" in key or ".original_module." in key:
-            continue
-        for name in configs:  # a part trained as a whole beside the adapter (`modules_to_save`)
-            key = key.replace(f".modules_to_save.{name}.", ".")
-        plain[key.replace(".base_layer.", ".")] = value
-    return plain, adapters
+        if "lora_" not in key and ".original_module." not in key:
+            # A part trained as a whole beside the adapter (`modules_to_save`) is saved in the place of the original.
+            plain[key.replace(f".modules_to_save.{name}.", ".").replace(".base_layer.", ".")] = value
+    return plain, (config, weights)
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
@@ -432,6 +379,10 @@ def replaced_folder(folder: str | os.PathLike):
 
 def copy_hub_files(folder: str | os.PathLike) -> None:
     """Put the code that loads a checkpoint beside it, for `trust_remote_code=True`."""
+    # Where this code itself came from a checkpoint, Transformers fetched the files that it saw imported, so all must be.
+    from .modeling_speechllm import SpeechLLMModel  # noqa: F401
+    from .processing_speechllm import SpeechLLMProcessor  # noqa: F401
+
     for name in HUB_FILES:
         shutil.copyfile(Path(__file__).with_name(name), Path(folder) / name)
 
@@ -440,14 +391,3 @@ def _set_dtype(path: Path, dtype: torch.dtype) -> None:
     """`PreTrainedModel.dtype` is that of the first parameter, which may be the projector's float32."""
     values = json.loads(path.read_text())
     path.write_text(json.dumps({**values, "dtype": str(dtype).split(".")[-1]}, indent=2, sort_keys=True) + "\n")
-
-
-@contextmanager
-def _explained(what: str, remedy: str):
-    """Turn a loader's failure into one sentence: what could not be loaded, why, what to do."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, SafetensorError, json.JSONDecodeError, KeyError) as error:
-        raise CheckpointError(f"Cannot load {what}: {str(error).strip().splitlines()[0]} {remedy}".strip()) from error

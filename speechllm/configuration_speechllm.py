@@ -17,6 +17,16 @@ from transformers import AutoConfig, PreTrainedConfig
 SAMPLING_RATE = 16_000  # Hz; every encoder below was trained on it
 AUDIO_TOKEN = "<|audio|>"  # the placeholder in prompts
 MEL_HOP = 160  # samples between two log-mel frames of Whisper
+MEL_WINDOW = 400  # samples under one log-mel frame of Whisper
+WAVEFORM_ENCODERS = (  # the wav2vec 2.0 family: strided convolutions over the waveform, then a Transformer
+    "data2vec-audio",
+    "hubert",
+    "unispeech",
+    "unispeech-sat",
+    "wav2vec2",
+    "wav2vec2-conformer",
+    "wavlm",
+)
 
 AUTO_MAP = {
     "AutoConfig": "configuration_speechllm.SpeechLLMConfig",
@@ -49,7 +59,7 @@ class SpeechTokenRule:
         return cls(**{**values, "convolutions": tuple(tuple(layer) for layer in values["convolutions"])})
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "convolutions": [list(layer) for layer in self.convolutions]}
 
     @property
     def frames_per_second(self) -> float:
@@ -71,11 +81,13 @@ class SpeechTokenRule:
 
     @property
     def shortest(self) -> int:
-        """Samples of the shortest audio that still yields one encoder frame."""
+        """Samples of the shortest audio that fills one encoder frame."""
+        if self.samples_per_step > 1:
+            return MEL_WINDOW
         steps = 1
         for kernel, stride, padding in reversed(self.convolutions):
             steps = max((steps - 1) * stride + kernel - 2 * padding, 1)
-        return (steps - 1) * self.samples_per_step + 1
+        return steps
 
 
 class SpeechLLMProjectorConfig(PreTrainedConfig):
@@ -125,8 +137,8 @@ class SpeechLLMConfig(PreTrainedConfig):
     """Configuration of `SpeechLLMModel` and `SpeechLLMForConditionalGeneration`.
 
     Args:
-        speech_config: configuration of the encoder: Whisper, or any encoder of the wav2vec 2.0 family (HuBERT, WavLM,
-            wav2vec 2.0, UniSpeech, ...). A `PreTrainedConfig` or a dict with a `model_type`. Default: HuBERT.
+        speech_config: configuration of the encoder: Whisper, or one of the wav2vec 2.0 family (HuBERT, WavLM, wav2vec
+            2.0, ...: `WAVEFORM_ENCODERS`). A `PreTrainedConfig` or a dict with a `model_type`. Default: HuBERT.
         text_config: configuration of any causal language model of Transformers. Default: Llama.
         projector_config: see `SpeechLLMProjectorConfig`.
         speech_layer: which hidden state of the encoder feeds the projector (0 = before the first layer). `None`, the
@@ -176,10 +188,10 @@ class SpeechLLMConfig(PreTrainedConfig):
         if self.audio_token_id is None:
             self.audio_token_id = self.text_config.vocab_size
         super().__post_init__(**kwargs)
-        if self.speech_config.model_type != "whisper" and not hasattr(self.speech_config, "conv_kernel"):
+        if not self.is_whisper and self.speech_config.model_type not in WAVEFORM_ENCODERS:
             raise ValueError(
-                f"speech_config is of type {self.speech_config.model_type!r}, which is neither Whisper nor an encoder "
-                "of the wav2vec 2.0 family. Use e.g. 'hubert', 'wavlm', 'wav2vec2' or 'whisper'."
+                f"speech_config is of type {self.speech_config.model_type!r}, which is not a speech encoder that can "
+                f"be used here. Use 'whisper' or one of {', '.join(map(repr, WAVEFORM_ENCODERS))}."
             )
         layers = self.speech_config.num_hidden_layers
         if self.speech_layer is not None and not 0 <= self.speech_layer <= layers:

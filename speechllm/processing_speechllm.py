@@ -5,10 +5,9 @@
    length alone (`SpeechTokenRule`).
 3. In the prompt, the audio placeholder is repeated once per speech token, so that batching, padding, several audios in
    one prompt and long audio are right by construction.
-
-The chat template is the LLM's own behind a few lines that turn an audio part of a message into the placeholder.
 """
 
+import itertools
 import os
 from typing import Any
 
@@ -16,40 +15,23 @@ import numpy as np
 import torch
 from transformers import AutoFeatureExtractor, AutoTokenizer, BatchFeature, ProcessorMixin
 
-from .audio_speechllm import AudioError, AudioSource, load_audio
-from .checkpoint_speechllm import add_audio_token, copy_hub_files
+from .audio_speechllm import SHORTEST, AudioSource, load_audio
+from .base_models_speechllm import add_audio_token, hub_revision
+from .chat_speechllm import AUDIO_PARTS_TEMPLATE, PLAIN_TEMPLATE, chat_audios, check_chat
+from .checkpoint_speechllm import copy_hub_files
 from .configuration_speechllm import AUDIO_TOKEN, AUTO_MAP, SAMPLING_RATE, SpeechLLMConfig, SpeechTokenRule
 
 
-# Turns a list of parts into a string, as text-only templates expect; audio becomes the placeholder.
-AUDIO_PARTS_TEMPLATE = """\
-{%- set flat = namespace(messages=[]) -%}
-{%- for message in messages -%}
-    {%- if message.content is string or message.content is not defined or message.content is none -%}
-        {%- set flat.messages = flat.messages + [message] -%}
-    {%- else -%}
-        {%- set parts = namespace(text="") -%}
-        {%- for part in message.content -%}
-            {%- if part.type in ["audio", "audio_url", "input_audio"] -%}
-                {%- set parts.text = parts.text + "<|audio|>" -%}
-            {%- elif part.type == "text" -%}
-                {%- set parts.text = parts.text + part.text -%}
-            {%- else -%}
-                {{- raise_exception("A message has a part of type '" ~ part.type ~ "'; this model takes 'text' and 'audio'.") -}}
-            {%- endif -%}
-        {%- endfor -%}
-        {%- set flat.messages = flat.messages + [dict(message, content=parts.text)] -%}
-    {%- endif -%}
-{%- endfor -%}
-{%- set messages = flat.messages -%}
-"""
-# For LLMs without a chat template of their own.
-PLAIN_TEMPLATE = """\
-{%- for message in messages -%}
-    {{- message.role | capitalize + ": " + message.content + "\\n" -}}
-{%- endfor -%}
-{%- if add_generation_prompt %}{{- "Assistant: " -}}{% endif -%}
-"""
+OPTION_GROUPS = ("common_kwargs", "audio_kwargs", "text_kwargs")
+CALL_OPTIONS = (  # that `apply_chat_template` takes directly too
+    "add_special_tokens",
+    "max_length",
+    "padding",
+    "padding_side",
+    "return_tensors",
+    "sampling_rate",
+    "truncation",
+)
 
 
 class SpeechLLMProcessor(ProcessorMixin):
@@ -77,14 +59,23 @@ class SpeechLLMProcessor(ProcessorMixin):
             raise ValueError(f"The feature extractor works at {feature_extractor.sampling_rate} Hz; 16,000 is needed.")
         if speech_token_rule is None:
             raise ValueError("Give `speech_token_rule=config.speech_token_rule.to_dict()` of the model's config.")
+        if speech_token_rule["samples_per_step"] > 1 and segment_seconds > feature_extractor.chunk_length:
+            raise ValueError(
+                f"segment_seconds is {segment_seconds}, but this encoder hears {feature_extractor.chunk_length} seconds "
+                "at once. Longer audio is cut into segments of that length."
+            )
         self.audio_token = AUDIO_TOKEN
         self.audio_token_id = add_audio_token(tokenizer)
+        added = tokenizer.added_tokens_decoder
+        self._special_ids = {*tokenizer.all_special_ids, *(i for i in added if added[i].special)}
         self.speech_token_rule = speech_token_rule
         self.rule = SpeechTokenRule.from_dict(speech_token_rule)
         self.segment_seconds = segment_seconds
         self.context_seconds = context_seconds
         if chat_template is None:
-            chat_template = AUDIO_PARTS_TEMPLATE + (tokenizer.chat_template or PLAIN_TEMPLATE)
+            own = tokenizer.chat_template
+            own = own["default"] if isinstance(own, dict) else own  # some LLMs have several templates, by purpose
+            chat_template = AUDIO_PARTS_TEMPLATE + (own or PLAIN_TEMPLATE)
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
 
     @classmethod
@@ -92,9 +83,7 @@ class SpeechLLMProcessor(ProcessorMixin):
         """The processor of a model made by `from_speech_text_pretrained`, from its base models."""
 
         def load(auto_class, base):
-            return auto_class.from_pretrained(
-                base["id"], revision=None if os.path.isdir(base["id"]) else base["revision"]
-            )
+            return auto_class.from_pretrained(base["id"], revision=hub_revision(base))
 
         return cls(
             load(AutoFeatureExtractor, config.base_models["speech"]),
@@ -123,7 +112,7 @@ class SpeechLLMProcessor(ProcessorMixin):
         short rest is left at the end."""
         count = max(1, -(-samples // round(self.segment_seconds * SAMPLING_RATE)))
         ends = [round(i * samples / count) for i in range(count + 1)]
-        return [end - start for start, end in zip(ends[:-1], ends[1:])]
+        return [end - start for start, end in itertools.pairwise(ends)]
 
     def count_speech_tokens(self, samples: int) -> int:
         """Speech tokens, hence placeholders, of an audio of `samples` samples at 16 kHz."""
@@ -138,13 +127,7 @@ class SpeechLLMProcessor(ProcessorMixin):
         Raises:
             AudioError: if the audio cannot be used, see `load_audio`, or is shorter than one encoder frame.
         """
-        waveform = load_audio(audio, sampling_rate, name)
-        if len(waveform) < self.rule.shortest:
-            name = name or (str(audio) if isinstance(audio, str | os.PathLike) else "the audio")
-            raise AudioError(
-                f"{name} is too short: {len(waveform) / SAMPLING_RATE * 1000:.1f} ms, and the encoder needs at least "
-                f"{self.rule.shortest / SAMPLING_RATE * 1000:.1f} ms. Leave it out or pad it with silence."
-            )
+        waveform = load_audio(audio, sampling_rate, name, shortest=max(SHORTEST, self.rule.shortest))
         segments, start = [], 0
         for length in self.segment_lengths(len(waveform)):
             segments.append(self._extract_segment(waveform[start : start + length]))
@@ -167,14 +150,18 @@ class SpeechLLMProcessor(ProcessorMixin):
 
     def pad_features(self, segments: list[dict[str, torch.Tensor | int]]) -> dict[str, torch.Tensor]:
         """Segments of `extract_features` -> `input_values` (segments, samples) or `input_features` (segments, bins,
-        steps), padded on the right, and its mask (segments, samples or steps)."""
+        steps), padded on the right, and its mask (segments, samples or steps), `True` = valid."""
         size = max(segment["features"].shape[-1] for segment in segments)
         features = torch.stack(
             [torch.nn.functional.pad(s["features"], (0, size - s["features"].shape[-1])) for s in segments]
         )
         steps = torch.tensor([segment["steps"] for segment in segments])
-        mask = (torch.arange(size) < steps[:, None]).long()
+        mask = torch.arange(size) < steps[:, None]
         return {self.audio_input_name: features, f"{self.audio_input_name}_mask": mask}
+
+    def _counts(self, audios: list[list[dict[str, torch.Tensor | int]]]) -> list[int]:
+        """Speech tokens of each audio, given its segments."""
+        return [sum(self.rule.tokens(self.rule.frames(s["steps"])) for s in segments) for segments in audios]
 
     # ---- text ------------------------------------------------------------------------------------------------------
 
@@ -201,9 +188,6 @@ class SpeechLLMProcessor(ProcessorMixin):
         self,
         text: str | list[str] | None = None,
         audio: AudioSource | list[AudioSource] | None = None,
-        sampling_rate: int | None = None,
-        return_tensors: str | None = None,
-        padding_side: str | None = None,
         **kwargs,
     ) -> BatchFeature:
         """Texts with placeholders and their audios -> model inputs.
@@ -212,8 +196,10 @@ class SpeechLLMProcessor(ProcessorMixin):
             text: prompts; each audio has one placeholder `<|audio|>`, in order.
             audio: one audio or a list over all prompts (nested lists, one per prompt, are joined).
             sampling_rate: of arrays and tensors, in Hz; default 16,000.
+            return_tensors: `"pt"`, the default if there is audio, or `"np"`.
             padding_side: `"left"`, the default, for generation; `"right"` for training.
-            kwargs: for the tokenizer (`padding`, `add_special_tokens`, ...). Truncation would cut placeholders: refused.
+            kwargs: for the tokenizer (`padding`, `add_special_tokens`, ...). All of these may also be given in
+                `text_kwargs`, `audio_kwargs` and `common_kwargs`.
 
         Raises:
             AudioError: if an audio cannot be used.
@@ -221,20 +207,21 @@ class SpeechLLMProcessor(ProcessorMixin):
         """
         if text is None and audio is None:
             raise ValueError("Give `text`, or `text` and `audio`.")
+        options = _flat_options(kwargs)
+        sampling_rate, tensor_type = options.pop("sampling_rate", None), options.pop("return_tensors", None)
         segments = [self.extract_features(item, sampling_rate) for item in _flat_audios(audio)]
         inputs = {}
         if text is not None:
             texts = [text] if isinstance(text, str) else list(text)
-            counts = [sum(self.rule.tokens(self.rule.frames(s["steps"])) for s in audio) for audio in segments]
-            kwargs.setdefault("padding", len(texts) > 1)
-            kwargs.setdefault("padding_side", padding_side or "left")
-            if kwargs.get("truncation"):
-                raise ValueError("Truncation could cut audio placeholders; shorten the text or the audio instead.")
-            inputs = dict(self.tokenizer(self.expand_placeholders(texts, counts), **kwargs))
-        tensor_type = return_tensors or ("pt" if segments else None)
-        batch = BatchFeature(inputs, tensor_type=tensor_type)
+            if segments:
+                _refuse_truncation(options)
+            defaults = {"padding": len(texts) > 1, "padding_side": "left", "return_token_type_ids": False}
+            expanded = self.expand_placeholders(texts, self._counts(segments))
+            inputs = dict(self.tokenizer(expanded, **{**defaults, **options}))
+        batch = BatchFeature(inputs, tensor_type=tensor_type or ("pt" if segments else None))
         if segments:
-            batch.update(self.pad_features([segment for audio in segments for segment in audio]))
+            features = self.pad_features([segment for audio in segments for segment in audio])
+            batch.update({name: x.numpy() if tensor_type == "np" else x for name, x in features.items()})
         return batch
 
     def apply_chat_template(
@@ -245,7 +232,6 @@ class SpeechLLMProcessor(ProcessorMixin):
         tokenize: bool = False,
         return_dict: bool = False,
         return_labels: bool = False,
-        return_tensors: str | None = None,
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs,
     ) -> str | list[str] | BatchFeature:
@@ -257,15 +243,15 @@ class SpeechLLMProcessor(ProcessorMixin):
                 `sampling_rate`.
             return_labels: also return `labels`: the assistant's answers with their end-of-turn token, -100 elsewhere
                 (with padding on the right; the chat must hold its answers).
-            processor_kwargs: as for `__call__`.
+            processor_kwargs: as for `__call__`; the common ones can also be given directly.
             kwargs: `add_generation_prompt`, `continue_final_message` and variables of the template.
 
         Raises:
             AudioError: if an audio part has no audio, or one that cannot be used.
         """
-        options = dict(processor_kwargs or {})
-        for name in ("padding", "padding_side", "sampling_rate", "truncation", "max_length", "add_special_tokens"):
-            if name in kwargs:
+        options = _flat_options(processor_kwargs or {})
+        for name in CALL_OPTIONS:
+            if kwargs.get(name) is not None:
                 options[name] = kwargs.pop(name)
         batched = bool(conversation) and not isinstance(conversation[0], dict)
         chats = conversation if batched else [conversation]
@@ -273,23 +259,25 @@ class SpeechLLMProcessor(ProcessorMixin):
             rendered = [self._render(chat, chat_template, **kwargs) for chat in chats]
             return rendered if batched else rendered[0]
 
-        audios = [audio for chat in chats for audio in _chat_audios(chat, options.pop("sampling_rate", None))]
+        sampling_rate = options.pop("sampling_rate", None)
+        audios = [audio for chat in chats for audio in chat_audios(chat, sampling_rate)]
         options.setdefault("add_special_tokens", False)  # the template writes them
         if return_labels:
             batch = self._tokenize_with_labels(chats, audios, chat_template, options, **kwargs)
         else:
             rendered = [self._render(chat, chat_template, **kwargs) for chat in chats]
-            batch = self(text=rendered, audio=audios or None, return_tensors=return_tensors, **options)
+            batch = self(text=rendered, audio=audios or None, **options)
         return batch if return_dict else batch["input_ids"]
 
     def _render(self, chat: list[dict[str, Any]], chat_template: str | None = None, **kwargs) -> str:
+        check_chat(chat)
         template = chat_template or self.chat_template
         return self.tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, **kwargs)
 
     def _tokenize_with_labels(self, chats, audios, chat_template, options, **kwargs) -> BatchFeature:
+        _refuse_truncation(options)
         segments = [self.extract_features(audio) for audio in audios]
-        counts = [sum(self.rule.tokens(self.rule.frames(s["steps"])) for s in audio) for audio in segments]
-        rows = []
+        counts, rows = self._counts(segments), []
         for chat in chats:
             pieces = self.answer_pieces(chat, chat_template, **kwargs)
             placeholders = sum(text.count(AUDIO_TOKEN) for text, _ in pieces)
@@ -312,8 +300,8 @@ class SpeechLLMProcessor(ProcessorMixin):
             whole = self._render(chat[: i + 1], chat_template, **kwargs)
             if not (prompt.startswith(done) and whole.startswith(prompt)):
                 raise ValueError(
-                    "The chat template rewrites earlier turns, so the answers' places cannot be told. Give one question "
-                    "and answer per chat, or another `chat_template`."
+                    "The chat template rewrites earlier turns, so the answers' places cannot be told. Give one "
+                    "question and answer per chat, or another `chat_template`."
                 )
             answer = whole[len(prompt) :].rstrip()
             pieces += [(prompt[len(done) :], False), (answer, True)]
@@ -328,7 +316,7 @@ class SpeechLLMProcessor(ProcessorMixin):
         input_ids, labels = [], []
         for text, (_, is_answer) in zip(texts, pieces):
             ids = self.tokenizer(text, add_special_tokens=False).input_ids
-            if is_answer and (not ids or ids[-1] not in self.tokenizer.all_special_ids):
+            if is_answer and (not ids or ids[-1] not in self._special_ids):
                 ids = [*ids, self.tokenizer.eos_token_id]
             input_ids += ids
             labels += ids if is_answer else [-100] * len(ids)
@@ -354,10 +342,7 @@ class SpeechLLMProcessor(ProcessorMixin):
     # ---- saving ----------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        values = {**super().to_dict(), "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]}}
-        for derived in ("audio_token", "audio_token_id", "rule"):
-            values.pop(derived, None)
-        return values
+        return {**super().to_dict(), "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]}}
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         files = super().save_pretrained(save_directory, **kwargs)
@@ -373,25 +358,20 @@ def _flat_audios(audio) -> list[AudioSource]:
     return [audio]
 
 
-def _chat_audios(chat: list[dict[str, Any]], sampling_rate: int | None) -> list[AudioSource]:
-    """The audios of a chat in order, each with its sampling rate where it is an array."""
-    audios = []
-    for turn, message in enumerate(chat):
-        if not isinstance(message.get("content"), list):
-            continue
-        for part in message["content"]:
-            if part.get("type") != "audio":
-                continue
-            audio = next((part[key] for key in ("audio", "path", "url") if part.get(key) is not None), None)
-            if audio is None:
-                raise AudioError(
-                    f"Message {turn} of the chat has an audio part without audio. Give it a path, bytes, an array or a "
-                    'tensor: {"type": "audio", "audio": ...}.'
-                )
-            rate = part.get("sampling_rate", sampling_rate)
-            is_array = isinstance(audio, np.ndarray | torch.Tensor)
-            audios.append({"array": audio, "sampling_rate": rate} if is_array and rate else audio)
-    return audios
+def _flat_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options, some of them perhaps in groups as other processors take them, without the groups."""
+    groups = {name: options[name] or {} for name in OPTION_GROUPS if name in options}
+    flat = {name: value for name, value in options.items() if name not in groups and value is not None}
+    for group, values in groups.items():
+        for name, value in values.items():
+            if flat.setdefault(name, value) != value:
+                raise ValueError(f"`{name}` is {value!r} in `{group}` and {flat[name]!r} beside it. Give it once.")
+    return flat
+
+
+def _refuse_truncation(options: dict[str, Any]) -> None:
+    if options.get("truncation"):
+        raise ValueError("Truncation could cut audio placeholders; shorten the text or the audio instead.")
 
 
 __all__ = ["SpeechLLMProcessor"]

@@ -7,6 +7,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast, Wav2Vec2FeatureExt
 
 from speechllm.configuration_speechllm import SpeechLLMConfig
 
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -138,3 +139,32 @@ def tone(seconds: float, seed: int = 0, rate: int = 16_000) -> np.ndarray:
     waves = [np.sin(2 * np.pi * generator.uniform(80, 2000) * time * (1 + 0.1 * time)) for _ in range(4)]
     signal = sum(waves) / 5 + 0.02 * generator.standard_normal(len(time))
     return signal.astype(np.float32)
+
+
+def tiny_processor(config: SpeechLLMConfig, tokenizer=None, **options):
+    """The processor of a model made by `tiny_model`."""
+    from speechllm.processing_speechllm import SpeechLLMProcessor
+
+    norm = getattr(config.speech_config, "feat_extract_norm", "layer")
+    extractor = (
+        WhisperFeatureExtractor(feature_size=config.speech_config.num_mel_bins)
+        if config.is_whisper
+        else Wav2Vec2FeatureExtractor(return_attention_mask=norm == "layer")
+    )
+    return SpeechLLMProcessor(
+        extractor,
+        tiny_tokenizer() if tokenizer is None else tokenizer,
+        speech_token_rule=config.speech_token_rule.to_dict(),
+        context_seconds=config.context_seconds,
+        **options,
+    )
+
+
+def enliven(model):
+    """Weights so large that every input matters: with small ones a leak between positions would hide in rounding."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.2, generator=generator)
+    return model

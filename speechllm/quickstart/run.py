@@ -26,6 +26,7 @@ from transformers import ProgressCallback, TrainerCallback, set_seed
 
 from ..data.joining import joined_rows
 from ..data.schema import Row
+from ..data.speed import speed_perturbed
 from ..data.splits import split_by_cluster
 from ..evaluation.nearest_tokens import nearest_tokens
 from ..evaluation.recognition import recognition_metrics
@@ -126,6 +127,7 @@ class Quickstart:
         self.train_rows, self.test_rows = split_by_cluster(
             rows, test_texts=self.settings.test_utterances, seed=self.settings.seed
         )
+        self.perturbed_rows = speed_perturbed(self.train_rows)
         self.report.update(source=source.name, credits=source.credits)
         self.report["data"] = {
             "train_utterances": len(self.train_rows),
@@ -148,6 +150,8 @@ class Quickstart:
             attn_implementation="eager",
             **PROJECTOR,
         )
+        # An LLM that hears little falls into loops; transcripts rarely say the same three words twice.
+        self.model.generation_config.no_repeat_ngram_size = 3
         self.processor = SpeechLLMProcessor.from_config(self.model.config)
         self.untrained = self.projector_state()
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -192,7 +196,9 @@ class Quickstart:
             lr_scheduler_kwargs={"num_decay_steps": all_steps // 2},
             text_state_cache=str(cache_directory() / "features"),
         )
-        trainer = ContrastiveTrainer(self.model, arguments, self.train_rows, self.test_rows, self.processor)
+        trainer = ContrastiveTrainer(
+            self.model, arguments, self.train_rows + self.perturbed_rows, self.test_rows, self.processor
+        )
         found: dict[str, Any] = {"recall_at_1": {}, "recall_at_5": {}, "similarity": {}}
         self.report["pretraining"] = {
             "layers": trainer.all_layers,
@@ -267,8 +273,8 @@ class Quickstart:
             max_new_tokens=48,
             lora_rank=lora_rank,
         )
-        joined = joined_rows(self.train_rows, JOINED_ROWS, JOINED_SECONDS, seed=self.settings.seed)
-        rows = self.train_rows + joined
+        joined = joined_rows(self.train_rows + self.perturbed_rows, JOINED_ROWS, JOINED_SECONDS, self.settings.seed)
+        rows = self.train_rows + self.perturbed_rows + joined
         trainer = FineTuningTrainer(self.model, arguments, rows, self.test_rows, self.processor)
         show_progress_only(trainer)
         begin = time.monotonic()

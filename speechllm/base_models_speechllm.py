@@ -1,0 +1,143 @@
+"""The frozen parts of a SpeechLLM as they come from elsewhere: pinned, loaded whole, or refused.
+
+A projector-only checkpoint names its speech encoder and its LLM by repository id or folder and pins each to a revision:
+a commit, or a fingerprint of a folder's weights. Loading goes through Transformers' own loaders, so every renaming or
+fusing that a base model needs happens, and raises a `CheckpointError` if a weight is missing or is not the pinned one.
+"""
+
+import hashlib
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AddedToken, AutoModel, AutoModelForCausalLM, GenerationConfig
+from transformers.models.whisper.modeling_whisper import WhisperModel
+from transformers.utils.hub import cached_file, extract_commit_hash
+
+from .configuration_speechllm import AUDIO_TOKEN, SpeechLLMConfig
+
+
+SAMPLED_BYTES = 1 << 16  # of each end of a tensor, for the fingerprint of a folder
+# What is missing or reshaped is ours to refuse, by name.
+LOADING = {"output_loading_info": True, "use_safetensors": True, "ignore_mismatched_sizes": True}
+# SpecAugment's mask vector is used in training only and is absent from many encoders' checkpoints.
+UNUSED_IN_EVALUATION = "masked_spec_embed"
+
+
+class CheckpointError(OSError):
+    """A checkpoint that cannot be read or written; the message says which part, why and what to do."""
+
+
+@contextmanager
+def explained(what: str, remedy: str):
+    """Turn a loader's failure into one sentence: what could not be loaded, why, what to do."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"Cannot load {what}: {reason} {remedy}".strip()) from error
+
+
+def add_audio_token(tokenizer) -> int:
+    """Give the tokenizer the audio placeholder, behind all of its own tokens, and return its id."""
+    tokenizer.add_tokens([AddedToken(AUDIO_TOKEN, special=True, normalized=False)], special_tokens=True)
+    return tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
+
+
+def pin_revision(model_id: str, revision: str | None) -> str | None:
+    """The commit that a repository's revision stands for, or a fingerprint of a local folder's weights: a hash of each
+    safetensors file's name, size and header, and of both ends of each of its tensors. (Training or merging an adapter
+    changes whole tensors; hashing all of a large model would take longer than loading it.)"""
+    if not os.path.isdir(model_id):
+        return extract_commit_hash(cached_file(model_id, "config.json", revision=revision), None)
+    digest = hashlib.sha256()
+    for path in sorted(Path(model_id).glob("*.safetensors")):
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            header = file.read(min(int.from_bytes(file.read(8), "little"), size))
+            digest.update(f"{path.name} {size} ".encode() + header)
+            for tensor in json.loads(header).values():
+                if "data_offsets" not in tensor:  # the file's metadata
+                    continue
+                start, end = (8 + len(header) + offset for offset in tensor["data_offsets"])
+                for position in (start, max(start, end - SAMPLED_BYTES)):
+                    file.seek(position)
+                    digest.update(file.read(min(SAMPLED_BYTES, end - position)))
+    return "sha256:" + digest.hexdigest()
+
+
+def base_weights(config: SpeechLLMConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """State dict of the frozen parts under the SpeechLLM's names."""
+    weights = {}
+    for name, base in config.base_models.items():
+        what, revision = f"the frozen {name} model {base['id']!r}", base.get("revision")
+        local = os.path.isdir(base["id"])
+        if revision is not None and revision.startswith("sha256:"):
+            if not local:
+                raise CheckpointError(
+                    f"Cannot load {what}: there is no such folder. The checkpoint holds trained weights only; put the "
+                    "folder back, set `base_models` in config.json to where it is now, or use a full checkpoint."
+                )
+            with explained(what, remedy="Download or copy it again."):
+                found = pin_revision(base["id"], None)
+            if found != revision:
+                raise CheckpointError(
+                    f"Cannot load {what}: its weights are not those that the checkpoint was trained with (pinned "
+                    f"{revision[:19]}...). Restore the original files, or train again on the new ones."
+                )
+        options = {"dtype": dtype, "revision": hub_revision(base), **LOADING}
+        with explained(what, remedy="Check the id or path and the network; see `base_models` in config.json."):
+            if name == "text":
+                model, info = AutoModelForCausalLM.from_pretrained(base["id"], **options)
+                prefix = f"{model.base_model_prefix}."
+                rename = {prefix: "model.language_model.", "": "head."}
+            elif config.is_whisper:
+                model, info = WhisperModel.from_pretrained(base["id"], **options)
+                model, rename = model.encoder, {"": "model.speech_encoder."}
+                info["missing_keys"] = {key for key in info["missing_keys"] if key.startswith("encoder.")}
+            else:
+                model, info = AutoModel.from_pretrained(base["id"], **options)
+                rename = {"": "model.speech_encoder."}
+        refuse_incomplete(info, f"{what[0].upper()}{what[1:]}")
+        for key, value in model.state_dict().items():
+            if key in info["missing_keys"]:  # initialised at random
+                value = torch.zeros_like(value)
+            old = next(old for old in rename if key.startswith(old))
+            weights[rename[old] + key.removeprefix(old)] = value
+    return weights
+
+
+def copy_generation_config(model, base: dict[str, str], tokenizer) -> None:
+    """The LLM's generation settings, with end-of-text and padding ids from its tokenizer where it has none."""
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(base["id"], revision=hub_revision(base))
+    except OSError:  # the LLM comes without a generation_config.json, as many do
+        model.generation_config = GenerationConfig.from_model_config(model.config.text_config)
+    settings = model.generation_config
+    settings.eos_token_id = tokenizer.eos_token_id if settings.eos_token_id is None else settings.eos_token_id
+    if settings.pad_token_id is None:
+        settings.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def hub_revision(base: dict[str, str]) -> str | None:
+    """The `revision` to give to a loader: none for folders, whose revision is a fingerprint."""
+    return None if os.path.isdir(base["id"]) else base["revision"]
+
+
+def refuse_incomplete(info: dict[str, Any], what: str) -> None:
+    """Raise if loading left a tensor without its weights."""
+    missing = sorted(key for key in info["missing_keys"] if not key.endswith(UNUSED_IN_EVALUATION))
+    reshaped = sorted(str(key if isinstance(key, str) else key[0]) for key in info.get("mismatched_keys", ()))
+    for problem, names in (("lacks", missing), ("has another shape than the configuration says for", reshaped)):
+        if names:
+            listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            raise CheckpointError(
+                f"{what} {problem} {len(names)} tensor(s): {listed}. Loading would leave random weights in their "
+                "place. Use the config.json and weights that were saved together, or download them again."
+            )

@@ -1,0 +1,79 @@
+"""What audio changes in `generate`; the rest is Transformers' `GenerationMixin`.
+
+1. Audio enters with the prompt only: later steps find it in the cache.
+2. Beams and several samples repeat each prompt, and with it its own audio segments, however many it has.
+3. The placeholder's id may lie beyond the LLM's vocabulary, where processors that look up scores by token would fail.
+"""
+
+import torch
+from torch.nn import functional as F
+from transformers import GenerationMixin
+from transformers.generation import LogitsProcessorList
+
+
+AUDIO_INPUTS = (
+    "input_values",
+    "input_values_mask",
+    "input_features",
+    "input_features_mask",
+    "speech_frames",
+    "speech_frames_mask",
+)
+
+
+class AudioAwareLogitsProcessors(LogitsProcessorList):
+    """Processors that index the scores by prompt token (repetition penalties, n-gram bans) meet the placeholder's id,
+    which may lie beyond the LLM's vocabulary: they see extra columns, which are cut off again."""
+
+    def __init__(self, processors: LogitsProcessorList, extra: int):
+        super().__init__(processors)
+        self.extra = extra
+
+    def __call__(self, input_ids, scores, **kwargs):
+        scores = super().__call__(input_ids, F.pad(scores, (0, self.extra), value=-torch.inf), **kwargs)
+        return scores[:, : scores.shape[1] - self.extra]
+
+
+class SpeechLLMGenerationMixin(GenerationMixin):
+    """`generate` with audio, for `SpeechLLMForConditionalGeneration`."""
+
+    def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
+        processors = super()._get_logits_processor(*args, **kwargs)
+        extra = self.config.audio_token_id + 1 - self.config.text_config.vocab_size
+        return AudioAwareLogitsProcessors(processors, extra) if extra > 0 else processors
+
+    # `generate` looks for `inputs_embeds` among the parameters.
+    def prepare_inputs_for_generation(self, *args, inputs_embeds=None, is_first_iteration=False, **kwargs):
+        inputs = super().prepare_inputs_for_generation(
+            *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if not is_first_iteration and kwargs.get("use_cache", True):  # the cache holds the audio from here on
+            inputs = {name: value for name, value in inputs.items() if name not in AUDIO_INPUTS}
+        return inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """Repeat each prompt `expand_size` times, and with it its own audio segments (beams, several samples)."""
+        audio = {name: model_kwargs.pop(name) for name in AUDIO_INPUTS if model_kwargs.get(name) is not None}
+        if audio and expand_size > 1 and input_ids is not None:
+            rows = self._audio_segments_of_prompts(input_ids, audio)
+            index = torch.tensor([i for segments in rows for _ in range(expand_size) for i in segments])
+            audio = {name: value[index.to(value.device)] for name, value in audio.items()}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        return input_ids, {**model_kwargs, **audio}
+
+    def _audio_segments_of_prompts(self, input_ids: torch.Tensor, audio: dict[str, torch.Tensor]) -> list[list[int]]:
+        """For each prompt the indices of its audio segments: as many as fill its placeholders."""
+        rule = self.config.speech_token_rule
+        ((name, mask),) = ((name, value) for name, value in audio.items() if name.endswith("_mask"))
+        frames = mask.sum(-1) if name == "speech_frames_mask" else rule.frames(mask.sum(-1))
+        tokens = rule.tokens(frames).tolist()
+        rows, segment = [], 0
+        for missing in (input_ids == self.config.audio_token_id).sum(-1).tolist():
+            rows.append([])
+            while missing > 0 and segment < len(tokens):
+                rows[-1].append(segment)
+                missing -= tokens[segment]
+                segment += 1
+        return rows
