@@ -291,6 +291,10 @@ class SpeechLLMCheckpointMixin:
             if not getattr(self, "peft_config", None):
                 trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
                 self.add_adapter(PeftConfig.from_pretrained(folder))
+                adapter_dtype = next(iter(weights.values())).dtype
+                for name, parameter in self.named_parameters():
+                    if "lora_" in name:  # as it was trained, which may be finer than the LLM's dtype
+                        parameter.data = parameter.data.to(adapter_dtype)
                 for parameter in trained:  # PEFT froze all but the adapter
                     parameter.requires_grad_(True)
                 self.train(self.training)  # new layers come in training mode

@@ -441,6 +441,16 @@ def test_an_adapter_is_loaded_into_a_model_that_has_one(bases, tmp_path):
     equal_states(bare, model)
 
 
+def test_an_adapter_keeps_its_precision_beside_a_coarser_llm(bases, tmp_path):
+    model = with_lora(new_model(bases, dtype="bfloat16"), "add_adapter")
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    for kind in ("full", "projector"):
+        model.save_pretrained(tmp_path / kind, kind=kind)
+        equal_states(SpeechLLMForConditionalGeneration.from_pretrained(tmp_path / kind), model)
+
+
 def test_a_merged_adapter_is_saved_in_full(bases, tmp_path):
     peft = pytest.importorskip("peft")
     model = new_model(bases, text="llama-tied")

@@ -149,6 +149,17 @@ def test_generation_from_embeddings():
     assert output.tolist() == answers(model.generate(**inputs, **GREEDY), inputs)
 
 
+@pytest.mark.parametrize("settings", [GREEDY, BEAMS], ids=["greedy", "beams"])
+def test_generation_from_precomputed_frames(settings):
+    model, _, batch, _ = model_and_inputs()
+    with torch.no_grad():
+        frames, lengths = model.model.encode_speech(batch["input_values"], batch["input_values_mask"])
+    mask = torch.arange(frames.shape[1]) < lengths[:, None]
+    text = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    output = model.generate(**text, speech_frames=frames, speech_frames_mask=mask, **settings)
+    assert torch.equal(output, model.generate(**batch, **settings))
+
+
 def test_an_llm_with_spare_rows_has_the_placeholder_inside_its_vocabulary():
     model = enliven(tiny_model("whisper", "mlp", "qwen2"))
     model.resize_token_embeddings(320)

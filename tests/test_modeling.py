@@ -191,6 +191,17 @@ def test_windows_see_their_own_valid_frames_only(projector):
     assert changed.tolist() == [False, True, False, False, False]
 
 
+def test_a_partly_filled_window_is_a_shorter_window():
+    """Padding takes no attention: the last window is what the Q-Former makes of its valid frames alone."""
+    torch.manual_seed(0)
+    model = enliven(SpeechLLMProjector(tiny_config("hubert-layer", "qformer")).eval())
+    frames = torch.randn(1, 7, 32)
+    with torch.no_grad():
+        last = model(frames, torch.tensor([7])).unflatten(0, (2, -1))[1]
+        alone = model.window_model(frames[:, 5:], torch.ones(1, 2, dtype=torch.bool))[0]
+    close(last, alone)
+
+
 def test_the_papers_projector_has_42_5_million_parameters():
     config = SpeechLLMConfig(
         speech_config={"model_type": "hubert", "hidden_size": 1024, "num_hidden_layers": 24},
