@@ -14,6 +14,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 @dataclass
 class GivenBodyOutput(BaseModelOutputWithPast):
+    """With all that some LLM's head looks for in its body's output."""
+
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
     router_logits: tuple[torch.FloatTensor, ...] | None = None
 
