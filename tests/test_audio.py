@@ -42,6 +42,7 @@ def similar(a, b, tolerance):
         ({"format": "FLAC"}, 1e-4),
         ({"format": "OGG", "subtype": "VORBIS"}, 0.3),
         ({"format": "AIFF"}, 1e-4),
+        ({"format": "MP3"}, 0.3),
     ],
     ids=str,
 )
@@ -172,7 +173,7 @@ def test_bad_samples(kind):
 
 
 def bad_files(folder):
-    wav, flac = encoded(), encoded(format="FLAC")
+    wav, flac, mp3 = encoded(), encoded(format="FLAC"), encoded(tone(3.0), format="MP3")
     files = {
         "empty.wav": (b"", "is an empty file"),
         "text.wav": (b"This is a text file, whatever its name says.\n" * 30, "not audio that can be decoded"),
@@ -183,6 +184,7 @@ def bad_files(folder):
         "nearly.wav": (wav[:-10], "truncated"),
         "cut header.wav": (wav[:20], "truncated"),
         "truncated.flac": (flac[: len(flac) // 2], "truncated|not audio that can be decoded"),
+        "truncated.mp3": (mp3[: len(mp3) // 2], "truncated: .* of 48,000 samples could be decoded"),
         "cut header.flac": (flac[:30], "truncated|not audio that can be decoded"),
         "eight channels.wav": (encoded(np.stack([SPEECH] * 8, 1)), "8 channels"),
         "silence.wav": (encoded(np.zeros(16_000)), "silent"),
