@@ -365,7 +365,7 @@ def verdict(arms: dict[str, dict[str, Any]]) -> str:
             f"loss {pretrained['loss']:.3f} against {scratch['loss']:.3f}."
         )
     if sentences:
-        sentences.append("One seed on half an hour of speech: a direction, not a measurement.")
+        sentences.append("One seed on minutes of speech: a direction, not a measurement.")
     return " ".join(sentences)
 
 
