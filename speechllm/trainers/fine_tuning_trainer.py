@@ -1,8 +1,9 @@
 """Fine-tuning on tasks (arXiv 2412.15712, Section 4): next-token cross-entropy on the answers.
 
 The prompt is the LLM's own chat format with speech tokens at the audio placeholder. The LM head runs on answer positions
-only. Where the LLM is frozen, the part of the prompt that all rows begin with (system message, user header) is run once
-and its keys and values are reused in every step. Evaluation generates answers and scores them.
+only. The part of the prompt that all rows begin with (system message, user header) is run once, for all steps where the
+LLM is frozen and for all rows of a step where it is trained, and its keys and values are shared. Evaluation generates
+answers and scores them.
 """
 
 import copy
@@ -57,7 +58,7 @@ class FineTuningTrainer(SpeechLLMTrainer):
             add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
         super().__init__(model, args, *positional, **kwargs)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the answer tokens of the whole global batch
-        self._prompt_start: tuple[torch.Tensor, Any] | None = None  # token ids, cache of keys and values
+        self._prompt_start: tuple[torch.Tensor, Any] | None = None  # of a frozen LLM: token ids, keys and values
 
     def items(self, rows: list[Row]) -> AnswerItems:
         return AnswerItems(rows, self.processing_class, self.frames)
@@ -81,19 +82,32 @@ class FineTuningTrainer(SpeechLLMTrainer):
         same = (input_ids == input_ids[:1]).all(0) & (input_ids[0] != self.headless.config.audio_token_id)
         return int(same.long().cumprod(0).sum())
 
-    @torch.no_grad()
-    def _reused_start(self, batch: dict[str, Any]) -> dict[str, Any]:
+    @property
+    def _shares_start(self) -> bool:
+        # Gradient checkpointing runs layers twice, which a cache of keys and values does not survive; sharded weights are
+        # whole only inside the wrapped model's own pass.
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return not self.args.gradient_checkpointing and (self._llm_is_frozen or not sharded)
+
+    def _keys_and_values(self, start: torch.Tensor) -> Any:
+        self.llm_tokens += len(start)
+        return self.headless.language_model(input_ids=start[None], use_cache=True).past_key_values
+
+    def _without_start(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch without the prompt's shared start, and that start's keys and values instead."""
-        length = self._shared_start(batch["input_ids"])
-        if self._prompt_start is not None and self._prompt_start[0].shape[0] <= length:
+        frozen, length = self._llm_is_frozen, self._shared_start(batch["input_ids"])
+        if frozen and self._prompt_start is not None and self._prompt_start[0].shape[0] <= length:
             length = self._prompt_start[0].shape[0]
         start = batch["input_ids"][0, :length]
         if length == 0:
             return batch
-        if self._prompt_start is None or not torch.equal(self._prompt_start[0], start):
-            output = self.headless.language_model(input_ids=start[None], use_cache=True)
-            self._prompt_start = (start, output.past_key_values)
-        cache = copy.deepcopy(self._prompt_start[1])  # the layers add to theirs
+        if frozen:
+            if self._prompt_start is None or not torch.equal(self._prompt_start[0], start):
+                with torch.no_grad():
+                    self._prompt_start = (start, self._keys_and_values(start))
+            cache = copy.deepcopy(self._prompt_start[1])  # the layers add to theirs
+        else:
+            cache = self._keys_and_values(start)
         cache.batch_repeat_interleave(len(batch["input_ids"]))
         return {
             **batch,
@@ -108,9 +122,8 @@ class FineTuningTrainer(SpeechLLMTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch = self.on_device(inputs)
         inputs = self._model_inputs(batch)
-        # Gradient checkpointing runs layers twice, which a cache of keys and values does not survive.
-        if self._llm_is_frozen and not self.args.gradient_checkpointing:
-            inputs = self._reused_start(inputs)
+        if self._shares_start:
+            inputs = self._without_start(inputs)
         reused = batch["input_ids"].shape[1] - inputs["input_ids"].shape[1]
         self.llm_tokens += int(batch["attention_mask"][:, reused:].sum())
         if num_items_in_batch is not None:

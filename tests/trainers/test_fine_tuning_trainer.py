@@ -35,11 +35,32 @@ def test_reusing_the_prompts_start_changes_nothing(tmp_path, text, message):
     reused, reused_gradient = loss_and_gradient(trainer, batch_of(trainer))
     assert len(trainer._prompt_start[0]) > len(message)
     again, _ = loss_and_gradient(trainer, batch_of(trainer))
-    trainer._reused_start = lambda batch: batch
+    trainer._without_start = lambda batch: batch
     whole, whole_gradient = loss_and_gradient(trainer, batch_of(trainer))
     assert reused == pytest.approx(whole, abs=1e-5)
     assert again == reused
     torch.testing.assert_close(reused_gradient, whole_gradient, atol=1e-5, rtol=1e-3)
+
+
+def test_a_trained_llm_shares_the_prompts_start_within_a_step(tmp_path):
+    model = tiny_trainable()
+    trainer = fine_tuning(tmp_path, model, processor=system_processor(model, "Listen closely."), lora_rank=2)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # at its zeros, lora_A would get no gradient
+            torch.nn.init.normal_(parameter, std=0.1)
+
+    def loss_and_gradients() -> tuple[float, torch.Tensor, torch.Tensor]:
+        loss, projector = loss_and_gradient(trainer, batch_of(trainer))
+        adapter = torch.cat([p.grad.flatten() for name, p in model.named_parameters() if "lora_" in name])
+        return loss, projector, adapter
+
+    shared = loss_and_gradients()
+    tokens = trainer.llm_tokens
+    trainer._without_start = lambda batch: batch
+    whole = loss_and_gradients()
+    assert 2 * tokens < trainer.llm_tokens  # fewer tokens passed through the LLM
+    torch.testing.assert_close(shared, whole, atol=1e-5, rtol=1e-3)
 
 
 def test_reuse_follows_the_batch(tmp_path):
@@ -49,7 +70,7 @@ def test_reuse_follows_the_batch(tmp_path):
     trainer = fine_tuning(tmp_path, train=rows)
     loss_and_gradient(trainer, batch_of(trainer, [0]))  # one row: all up to its first placeholder is "shared"
     loss, _ = loss_and_gradient(trainer, batch_of(trainer, [1, 6, 7]))
-    trainer._reused_start = lambda batch: batch
+    trainer._without_start = lambda batch: batch
     assert loss == pytest.approx(loss_and_gradient(trainer, batch_of(trainer, [1, 6, 7]))[0], abs=1e-5)
 
 
