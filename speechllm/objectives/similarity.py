@@ -20,10 +20,13 @@ def masked_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         (batch, dim); zeros for a sequence without valid tokens.
     """
     dtype = torch.promote_types(states.dtype, torch.float32)
-    mask = mask.bool()
-    weights = mask.to(dtype) / mask.sum(-1, keepdim=True).clamp(min=1)
+    mask, states = mask.bool(), states.to(dtype)
+    weights = (mask.to(dtype) / mask.sum(-1, keepdim=True).clamp(min=1))[:, None]  # (batch, 1, length)
     with torch.autocast(states.device.type, enabled=False):  # it would take the product in bfloat16
-        return torch.einsum("bl,bld->bd", weights, states.to(dtype).masked_fill(~mask[:, :, None], 0))
+        mean = torch.bmm(weights, states)[:, 0]
+        if not mean.isfinite().all():  # 0 x NaN: only then is a copy without the padding worth its time
+            mean = torch.bmm(weights, states.masked_fill(~mask[:, :, None], 0))[:, 0]
+    return mean
 
 
 def cosine_similarity_matrix(

@@ -1,0 +1,301 @@
+"""Time and memory of the Wasserstein loss of all pairs of a batch, and of the cosine loss of several layers.
+
+Every method computes the distances of B texts (8 to 40 tokens) and B utterances (20 to 120 tokens) and the gradient of
+their sum at the utterances; the texts need none, as in pretraining. The methods take turns, so that a busy machine slows
+all of them, and the fastest of several runs counts.
+
+    ours            wasserstein_distance_matrix
+    products alone  the matrix products that ours cannot do without, over valid tokens only
+    GeomLoss loop   one SamplesLoss call for each pair, as the paper's code has it (with the diameter given)
+    POT loop        one ot.emd2 call for each pair: exact transport, another quantity
+    POT batch       ot.solve_batch: Sinkhorn for all pairs at once, padded, its last step differentiated
+    flash-sinkhorn  on a GPU, if the package is installed
+
+Peak memory is that of fresh processes (Linux, CPU: growth of the peak resident size during forward and backward) or of
+torch's allocator (GPU).
+"""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import ot
+import torch
+from geomloss import SamplesLoss
+from torch.nn import functional as F
+
+from speechllm.objectives import cosine_similarity_matrix, wasserstein_distance_matrix
+
+
+BLUR = 0.05
+LARGEST_BATCH_SOLVE = 2e9  # bytes of one padded cost matrix of all pairs, times the copies that solve_batch keeps
+# (batch, dim, layers) -> times faster than the GeomLoss loop
+TARGETS = {(16, 576, 1): 25, (32, 576, 1): 35, (64, 576, 1): 45, (10, 4096, 1): 15, (16, 576, 7): 25}
+PRODUCTS_TARGET, COSINE_TARGET = 2.0, 3.0
+Sides = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def random_sides(batch: int, dim: int, device: str, seed: int = 0) -> Sides:
+    """Texts of 8 to 40 tokens and utterances of 20 to 120, with their masks."""
+    generator = torch.Generator().manual_seed(seed)
+    sides = []
+    for shortest, longest in ((8, 40), (20, 120)):
+        lengths = torch.randint(shortest, longest + 1, (batch,), generator=generator)
+        states = torch.randn(batch, int(lengths.max()), dim, generator=generator)
+        sides += [states.to(device), (torch.arange(states.shape[1]) < lengths[:, None]).to(device)]
+    return tuple(sides)
+
+
+# ---- methods: functions of the sides -> (B_text, B_speech) ------------------------------------------------------------
+
+
+def by_pair(distance: Callable) -> Callable:
+    def matrix(text, text_mask, speech, speech_mask):
+        x = [F.normalize(states[mask], dim=-1) for states, mask in zip(text, text_mask)]
+        y = [F.normalize(states[mask], dim=-1) for states, mask in zip(speech, speech_mask)]
+        return torch.stack([torch.stack([distance(a, b) for b in y]) for a in x])
+
+    return matrix
+
+
+def emd2(x, y):
+    return ot.emd2(x.new_tensor([]), y.new_tensor([]), 1 - x @ y.T)
+
+
+def pot_batch(text, text_mask, speech, speech_mask):
+    weights = [mask / mask.sum(1, keepdim=True) for mask in (text_mask, speech_mask)]
+    x, y = F.normalize(text, dim=-1), F.normalize(speech, dim=-1)
+    cost = 1 - torch.einsum("ind,jmd->ijnm", x, y).flatten(0, 1)
+    a = weights[0].repeat_interleave(len(speech), 0).clamp(min=1e-30)
+    b = weights[1].repeat(len(text), 1).clamp(min=1e-30)
+    solved = ot.solve_batch(cost, BLUR**2, a, b, max_iter=100, method="log_sinkhorn", grad="envelope")
+    return solved.value.view(len(text), len(speech))
+
+
+def cosine_by_sequence(text, text_mask, speech, speech_mask):
+    x = F.normalize(torch.stack([states[mask].mean(0) for states, mask in zip(text, text_mask)]), dim=-1)
+    y = F.normalize(torch.stack([states[mask].mean(0) for states, mask in zip(speech, speech_mask)]), dim=-1)
+    return x @ y.T
+
+
+GEOMLOSS = by_pair(SamplesLoss("sinkhorn", p=2, blur=BLUR, diameter=2.0))
+
+
+def step(method: Callable, layers: list[Sides]) -> Callable[[], None]:
+    """Forward and backward of all layers."""
+
+    def run():
+        for text, text_mask, speech, speech_mask in layers:
+            speech = speech.detach().requires_grad_()
+            method(text, text_mask, speech, speech_mask).sum().backward()
+
+    return run
+
+
+def products_alone(layers: list[Sides]) -> Callable[[], None]:
+    """The products of the Gram matrices and of the gradient at the utterances, over valid tokens."""
+    packed = []
+    for text, text_mask, speech, speech_mask in layers:
+        x, y = text[text_mask], speech[speech_mask]
+        packed.append((x, y, x.split(text_mask.sum(1).tolist()), y.split(speech_mask.sum(1).tolist())))
+
+    def run():
+        for x, y, texts, utterances in packed:
+            gram = x @ y.T
+            gram.T @ x
+            for tokens in texts:
+                tokens @ tokens.T
+            for tokens in utterances:
+                (tokens @ tokens.T) @ tokens
+
+    return run
+
+
+# ---- measuring --------------------------------------------------------------------------------------------------------
+
+
+def seconds(run: Callable[[], None], device: str) -> float:
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def fastest(methods: dict[str, Callable[[], None]], repeats: dict[str, int], device: str) -> dict[str, float]:
+    """The methods in turns. Each round of a slow method has several of the fast ones, as `repeats` says."""
+    times = {name: [] for name in methods}
+    for run in methods.values():
+        run()  # warm-up
+    for turn in range(max(repeats.values())):
+        for name, run in methods.items():
+            if turn < repeats[name]:
+                times[name].append(seconds(run, device))
+    return {name: min(taken) for name, taken in times.items()}
+
+
+def peak_megabytes(method: Callable, batch: int, dim: int, device: str) -> float:
+    """Growth of the peak by one forward and backward, in a process of its own on CPUs."""
+    if device != "cpu":
+        sides = random_sides(batch, dim, device)
+        step(method, [sides])()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step(method, [sides])()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_report_growth, args=(sender, method, batch, dim))
+    child.start()
+    child.join()
+    if child.exitcode:
+        raise RuntimeError(f"The process that measures memory ended with code {child.exitcode}; see its message above.")
+    return receiver.recv()
+
+
+def _report_growth(sender, method: Callable, batch: int, dim: int) -> None:
+    step(method, [random_sides(2, 32, "cpu")])()  # what libraries allocate once
+    sides = random_sides(batch, dim, "cpu")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew at the present size
+    status = Path("/proc/self/status")
+    size = {line.split()[0]: int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("Vm")}
+    step(method, [sides])()
+    peak = {line.split()[0]: int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("Vm")}
+    sender.send((peak["VmHWM:"] - size["VmRSS:"]) * 1024 / 1e6)
+
+
+def measure(batch: int, dim: int, layers: int, device: str, quick: bool, everything: bool) -> dict:
+    sides = [random_sides(batch, dim, device, seed) for seed in range(layers)]
+    fast, slow = (3, 1) if quick else (20, 2)
+    methods = {
+        "ours": step(wasserstein_distance_matrix, sides),
+        "products alone": products_alone(sides),
+        "GeomLoss loop": step(GEOMLOSS, sides),
+    }
+    notes = {}
+    if everything:
+        methods["POT loop"] = step(by_pair(emd2), sides)
+        size = 4 * sides[0][0].shape[1] * sides[0][2].shape[1] * batch**2 * 100  # what 100 iterations may store
+        if size <= LARGEST_BATCH_SOLVE:
+            methods["POT batch"] = step(pot_batch, sides)
+        else:
+            notes["POT batch"] = f"skipped: it may store {size / 1e9:.0f} GB"
+        if device != "cpu":
+            flash = _flash_sinkhorn()
+            if flash is None:
+                notes["flash-sinkhorn"] = "skipped: not installed"
+            else:
+                methods["flash-sinkhorn"] = step(by_pair(flash), sides)
+    repeats = {name: fast if name in ("ours", "products alone") else slow for name in methods}
+    return {"batch": batch, "dim": dim, "layers": layers, "seconds": fastest(methods, repeats, device), "notes": notes}
+
+
+def _flash_sinkhorn() -> Callable | None:
+    try:
+        from flash_sinkhorn import SamplesLoss as FlashLoss
+    except ImportError:
+        return None
+    return FlashLoss("sinkhorn", blur=BLUR, debias=True)
+
+
+def measure_cosine(batch: int, dim: int, layers: int, device: str, quick: bool) -> dict:
+    sides = [random_sides(batch, dim, device, seed) for seed in range(layers)]
+    methods = {"ours": step(cosine_similarity_matrix, sides), "by sequence": step(cosine_by_sequence, sides)}
+    times = fastest(methods, dict.fromkeys(methods, 5 if quick else 30), device)
+    return {"batch": batch, "dim": dim, "layers": layers, "seconds": times}
+
+
+def verdict(ratio: float, target: float, at_most: bool = False) -> str:
+    met = ratio <= target if at_most else ratio >= target
+    return f"{ratio:5.1f}x  (target {'<=' if at_most else '>='} {target:g}x: {'met' if met else 'NOT met'})"
+
+
+def print_case(case: dict) -> None:
+    times, key = case["seconds"], (case["batch"], case["dim"], case["layers"])
+    print(f"\nB={key[0]} D={key[1]} layers={key[2]}")
+    for name, taken in times.items():
+        line = f"  {name:16}{1e3 * taken:10.1f} ms"
+        if name == "products alone":
+            line += "   ours takes " + verdict(times["ours"] / taken, PRODUCTS_TARGET, at_most=True)
+        elif name == "GeomLoss loop" and key in TARGETS:
+            line += "   ours is    " + verdict(taken / times["ours"], TARGETS[key]) + " faster"
+        elif name != "ours":
+            line += f"   ours is    {taken / times['ours']:5.1f}x faster"
+        print(line)
+    for name, note in case["notes"].items():
+        print(f"  {name:16}{note}")
+    sys.stdout.flush()
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.contrastive_loss",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="For figures to compare: OMP_NUM_THREADS=1, on a core that has nothing else to do.",
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write times, ratios, machine and versions")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--quick", action="store_true", help="the two smallest cases, few repetitions")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch on CPUs (default: 1)")
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        metavar="B,D,LAYERS",
+        help=f"which cases (default: {' '.join(','.join(map(str, case)) for case in TARGETS)})",
+    )
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    cases = [tuple(map(int, case.split(","))) for case in options.cases] if options.cases else list(TARGETS)
+    if options.quick and not options.cases:
+        cases = cases[:1]
+
+    result = {
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s)",
+        "device": torch.cuda.get_device_name() if options.device != "cpu" else "cpu",
+        "versions": {name: installed(name) for name in ("torch", "geomloss", "POT", "flash-sinkhorn", "numpy")},
+        "settings": dict(blur=BLUR, scaling=0.5, diameter=2.0, text_tokens=[8, 40], speech_tokens=[20, 120]),
+        "wasserstein": [],
+    }
+    for number, (batch, dim, layers) in enumerate(cases):
+        case = measure(batch, dim, layers, options.device, options.quick, everything=number == 0)
+        result["wasserstein"].append(case)
+        print_case(case)
+
+    result["cosine"] = case = measure_cosine(16, 576, 7, options.device, options.quick)
+    times = case["seconds"]
+    print(f"\ncosine, B=16 D=576 layers=7\n  ours            {1e3 * times['ours']:10.1f} ms")
+    print(f"  by sequence     {1e3 * times['by sequence']:10.1f} ms   ours is    ", end="")
+    print(verdict(times["by sequence"] / times["ours"], COSINE_TARGET), "faster")
+
+    if options.device != "cpu" or sys.platform == "linux":
+        batch, dim, _ = cases[0]
+        loop = peak_megabytes(GEOMLOSS, batch, dim, options.device)
+        ours = peak_megabytes(wasserstein_distance_matrix, batch, dim, options.device)
+        result["peak_megabytes"] = {"batch": batch, "dim": dim, "ours": ours, "GeomLoss loop": loop}
+        print(f"\npeak memory, B={batch} D={dim}: ours {ours:.1f} MB, GeomLoss loop {loop:.1f} MB")
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(result, indent=2) + "\n")
+        print(f"\nWritten to {options.output}")
+    return result
+
+
+if __name__ == "__main__":
+    main()
