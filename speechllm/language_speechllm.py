@@ -46,13 +46,14 @@ def layer_states(
     """Hidden states (batch, length, hidden size) of an LLM's body at the given indices, counted as in Transformers'
     `output_hidden_states`: 0 is the LLM's input, k is after layer k, the last is after the final norm.
 
-    With `[0]` the LLM does not run; where it adds learned positions to its input, as GPT-2 does, state 0 lacks them.
+    With `[0]`, or none, the LLM does not run; where it adds learned positions to its input, as GPT-2 does, state 0 lacks
+    them.
 
     inputs_embeds: (batch, length, hidden size); kwargs: for the LLM, e.g. `attention_mask`.
     """
     name, stack = layer_stack(language_model)
-    last, depth = max(layers), len(stack)
-    if min(layers) < 0 or last > depth:
+    last, depth = max(layers, default=0), len(stack)
+    if min(layers, default=0) < 0 or last > depth:
         raise ValueError(f"layers {layers}: this LLM has hidden states 0 (its input) to {depth} (its output).")
     states = {0: inputs_embeds} if 0 in layers else {}
     if last == 0:

@@ -6,6 +6,7 @@ items; the collator leaves them out of the batch and passes their names on.
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,8 +40,8 @@ class SpeechItems(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any] | SetAside:
         row = self.rows[index]
         try:
-            speech, tokens = self._speech(row)
-            return {"index": index, **speech, **self._text(row, tokens)}
+            speech, frames = self._speech(row)
+            return {"index": index, **speech, **self._text(row, frames)}
         except AudioError as error:
             return SetAside(row["id"], str(error))
 
@@ -55,13 +56,16 @@ class SpeechItems(Dataset):
                 return item
         raise ValueError(f"None of the {len(self)} utterances can be used; the first: {self[0].reason}")
 
-    def _speech(self, row: Row) -> tuple[dict[str, Any], int]:
-        """The row's audio, and the number of its speech tokens."""
-        rule = self.processor.rule
+    def _speech(self, row: Row) -> tuple[dict[str, Any], list[int]]:
+        """The row's audio, and the encoder frames of each of its segments."""
         if (frames := self._cached_frames(row)) is not None:
-            return {"frames": frames}, sum(rule.tokens(len(segment)) for segment in frames)
+            return {"frames": frames}, [len(segment) for segment in frames]
         segments = self.segments(row)
-        return {"segments": segments}, sum(rule.tokens(rule.frames(segment["steps"])) for segment in segments)
+        return {"segments": segments}, [self.processor.rule.frames(segment["steps"]) for segment in segments]
+
+    def speech_tokens(self, segment_frames: list[int]) -> int:
+        """The number of speech tokens of so many encoder frames."""
+        return sum(self.processor.rule.tokens(frames) for frames in segment_frames)
 
     def _cached_frames(self, row: Row) -> list[torch.Tensor] | None:
         if self.frames is None:
@@ -78,8 +82,12 @@ class SpeechItems(Dataset):
             return [segment for part in row["parts"] for segment in self.segments(part)]
         return self.processor.extract_features(row["audio"], row.get("sampling_rate"), name=row["id"])
 
-    def _text(self, row: Row, speech_tokens: int) -> dict[str, Any]:
+    def _text(self, row: Row, segment_frames: list[int]) -> dict[str, Any]:
         raise NotImplementedError
+
+
+# A row and the encoder frames of its segments -> a prompt (`input_ids`, `labels`), or what else an objective needs.
+FurtherInput = Callable[[Row, list[int]], Any]
 
 
 class AlignmentItems(SpeechItems):
@@ -88,20 +96,30 @@ class AlignmentItems(SpeechItems):
     Args:
         prefix: token ids that both sides begin with and that pooling leaves out.
         text_states: cache of the LLM's states of the transcripts; `None` leaves them to be computed.
+        further: by name, what further objectives need of a row.
     """
 
-    def __init__(self, *args, prefix: list[int], text_states: FeatureCache | None = None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        prefix: list[int],
+        text_states: FeatureCache | None = None,
+        further: dict[str, FurtherInput] | None = None,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self.prefix = prefix
         self.text_states = text_states
+        self.further = further or {}
 
     def text_ids(self, row: Row) -> list[int]:
         return self.prefix + self.processor.tokenizer(row["text"], add_special_tokens=False).input_ids
 
-    def _text(self, row: Row, speech_tokens: int) -> dict[str, Any]:
+    def _text(self, row: Row, segment_frames: list[int]) -> dict[str, Any]:
         item = {
-            "input_ids": self.prefix + [self.processor.audio_token_id] * speech_tokens,
+            "input_ids": self.prefix + [self.processor.audio_token_id] * self.speech_tokens(segment_frames),
             "text_input_ids": self.text_ids(row),
+            "further": {name: prepare(row, segment_frames) for name, prepare in self.further.items()},
         }
         states = self.text_states.get(text_key(row["text"])) if self.text_states is not None else None
         return item if states is None else {**item, "text_states": states}
@@ -114,19 +132,19 @@ class AnswerItems(SpeechItems):
         super().__init__(*args, **kwargs)
         self.with_answer = with_answer
 
-    def _text(self, row: Row, speech_tokens: int) -> dict[str, Any]:
+    def _text(self, row: Row, segment_frames: list[int]) -> dict[str, Any]:
         chat = chat_of(row, with_answer=self.with_answer)
         if self.with_answer:
             pieces = self.processor.answer_pieces(chat)
         else:
             pieces = [(self.processor.apply_chat_template(chat, add_generation_prompt=True), False)]
-        ids = self.processor.tokenize_pieces(pieces, [speech_tokens])
+        ids = self.processor.tokenize_pieces(pieces, [self.speech_tokens(segment_frames)])
         return ids if self.with_answer else {"input_ids": ids["input_ids"]}
 
 
 class SpeechCollator:
-    """Items -> one batch: audio inputs, `input_ids`, `attention_mask`, and what the items have of `labels`, text side
-    and text states. `rows` are the items' indices; `set_aside` lists what was left out.
+    """Items -> one batch: audio inputs, `input_ids`, `attention_mask`, and what the items have of `labels`, text side,
+    text states and `further` inputs. `rows` are the items' indices; `set_aside` lists what was left out.
 
     Args:
         dataset: where the items come from.
@@ -155,6 +173,12 @@ class SpeechCollator:
             names = usable[0]["text_states"]
             batch["text_states"] = {
                 name: pad_sequence([item["text_states"][name] for item in usable], batch_first=True) for name in names
+            }
+        if further := usable[0].get("further"):
+            columns = {name: [item["further"][name] for item in usable] for name in further}
+            batch["further"] = {
+                name: self._padded(values) if isinstance(values[0], dict) else values
+                for name, values in columns.items()
             }
         return batch
 

@@ -5,6 +5,7 @@ after the other, have to be written down in order, and no two of them are the sa
 """
 
 import random
+from typing import Any
 
 from .schema import Row
 
@@ -36,13 +37,24 @@ def joined_rows(rows: list[Row], count: int, maximum_seconds: float, seed: int =
                 parts.append(row)
                 seconds += row["duration"]
         if len(parts) > 1:
-            joined.append(
-                {
-                    "id": " + ".join(row["id"] for row in parts),
-                    "audio": parts[0]["audio"],
-                    "parts": parts,
-                    "text": " ".join(row["text"] for row in parts),
-                    "duration": seconds,
-                }
-            )
+            row = {
+                "id": " + ".join(row["id"] for row in parts),
+                "audio": parts[0]["audio"],
+                "parts": parts,
+                "text": " ".join(row["text"] for row in parts),
+                "duration": seconds,
+            }
+            joined.append({**row, **_joined_words(parts)})
     return joined
+
+
+def _joined_words(parts: list[Row]) -> dict[str, Any]:
+    """The word times of aligned rows (`forced_alignment.py`), each part's moved behind the parts before it."""
+    if any("words" not in row for row in parts):
+        return {}
+    words, start = [], 0.0
+    for row in parts:
+        words += [{**word, "start": start + word["start"], "end": start + word["end"]} for word in row["words"]]
+        start += row["duration"]
+    forced = all(row.get("alignment") == "forced" for row in parts)
+    return {"words": words, "alignment": "forced" if forced else "proportional"}

@@ -1,0 +1,254 @@
+"""The further terms of stage 1: what each reads of a batch, and its loss.
+
+| term           | the LLM reads                                     | loss                                               |
+|----------------|---------------------------------------------------|----------------------------------------------------|
+| `next_token`   | the row's chat (`data/prompts.py`) with speech    | cross-entropy of the answer                        |
+| `mixed`        | the words of the utterance, some spoken           | cross-entropy of the written words                 |
+| `distillation` | a chat with speech; the same with the transcript  | KL between the predictions of the answer           |
+| `norm`         | nothing                                           | scale of the speech tokens against the embeddings' |
+
+The speech tokens of the batch are made once, by the trained module; every term puts them into a prompt of its own. These
+further passes run outside the module that is wrapped for several processes: their gradient reaches the projector through
+the speech tokens, hence through the wrapped module's own pass. That is all of it while the LLM is frozen.
+
+Each term is a mean over its own tokens in a device's batch (a chunk's, with `gradcache_chunk`); the means of batches are
+averaged over accumulation steps and processes. (`FineTuningTrainer` weighs every answer token of the global batch alike.)
+"""
+
+import logging
+import random
+from functools import partial
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..data.items import AlignmentItems, FurtherInput
+from ..data.prompts import chat_of
+from ..data.schema import Row
+from ..data.words import has_word_times, without_punctuation, word_spans
+from ..objectives.distillation import next_token_kl
+from ..objectives.mixed_speech_text import IGNORED, WordSpan, mixed_sequence, spoken_words
+from ..objectives.norm import embedding_mean_square, scale_penalty
+from ..processing_speechllm import SpeechLLMProcessor
+from .aligned_states import AlignedStates
+from .contrastive_config import ContrastiveArguments
+
+
+if TYPE_CHECKING:
+    from .contrastive_trainer import ContrastiveTrainer
+
+logger = logging.getLogger(__name__)
+
+Prompt = dict[str, Any]  # `input_ids`, `labels`; in a batch `attention_mask` too
+
+
+def spoken_prompt(row: Row, segment_frames: list[int], processor: SpeechLLMProcessor) -> Prompt:
+    """The row's chat with its answer, as in fine-tuning."""
+    tokens = sum(processor.rule.tokens(frames) for frames in segment_frames)
+    return processor.tokenize_pieces(processor.answer_pieces(chat_of(row)), [tokens])
+
+
+def written_prompt(row: Row, segment_frames: list[int], processor: SpeechLLMProcessor) -> Prompt:
+    """The same chat with the transcript and a line break where the speech was."""
+    chat = chat_of(row)
+    chat[0]["content"][0] = {"type": "text", "text": row["text"] + "\n"}
+    return processor.tokenize_pieces(processor.answer_pieces(chat), [])
+
+
+class ObjectiveTerms:
+    """The terms that `args` give a weight, for a `ContrastiveTrainer`.
+
+    Raises:
+        ValueError: if a term needs the LM head and the model has none.
+    """
+
+    def __init__(self, trainer: "ContrastiveTrainer", model, args: ContrastiveArguments):
+        self.trainer, self.args = trainer, args
+        weights = {name: getattr(args, f"{name}_weight") for name in ("next_token", "mixed", "distillation", "norm")}
+        self.weights = {name: weight for name, weight in weights.items() if weight}
+        self.reading = [name for name in self.weights if name != "norm"]
+        if self.reading and not hasattr(model, "compute_logits"):
+            raise ValueError(f"{self.reading[0]}_weight needs an LM head. Give a SpeechLLMForConditionalGeneration.")
+        if "norm" in self.weights:
+            table = model.get_input_embeddings()
+            self.text_mean_square = embedding_mean_square(table, len(table.weight))
+        self._warned = False
+
+    def objectives(self) -> dict[str, tuple[float, Any]]:
+        """Name -> (weight, objective), as `ContrastiveTrainer` takes them."""
+        return {name: (weight, getattr(self, name)) for name, weight in self.weights.items()}
+
+    def prepare(self) -> None:
+        """Once the trainer has its devices: bring the head, no part of the trained module, there too.
+
+        Raises:
+            ValueError: for what passes outside the wrapped module would get wrong: a trained LLM on several processes, or
+                weights that are split over processes.
+        """
+        trainer = self.trainer
+        if not self.reading:
+            return
+        trainer.speechllm.head.to(trainer.args.device)
+        if trainer.args.world_size > 1 and any(p.requires_grad for p in trainer.headless.language_model.parameters()):
+            raise ValueError(
+                f"{self.reading[0]}_weight on several processes needs a frozen LLM: the gradient of its weights would not "
+                "be shared between them. Set freeze_language_model, train on one process, or leave the term out."
+            )
+        zero = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
+        if trainer.is_fsdp_enabled or (zero is not None and zero.zero_stage == 3):
+            raise ValueError(
+                f"{self.reading[0]}_weight needs whole weights on every process; FSDP and ZeRO stage 3 split them. Use DDP "
+                "or ZeRO stage 2, which suffice while the LLM is frozen, or leave the term out."
+            )
+
+    # ---- data ------------------------------------------------------------------------------------------------------
+
+    def problem(self, row: Row) -> str | None:
+        """Why a term cannot use the row; `None` if all can."""
+        if "mixed" in self.weights:
+            if not has_word_times(row):
+                return f"{row['id']} has no times of its `words`. Write them into the manifest with `speechllm align`."
+            if not any(self._text(word["word"]) for word in row["words"]):
+                return f"{row['id']} has no words, only punctuation. Correct its transcript, or set mixed_punctuation."
+        distils_targets = "distillation" in self.weights and self.args.distillation_target == "target"
+        if distils_targets and not row.get("target"):
+            return f"{row['id']} has no `target` to distil on. Give one, or set distillation_target to 'transcript'."
+        if "next_token" in self.weights or distils_targets:
+            try:
+                chat_of(row)
+            except ValueError as error:
+                return str(error)
+        return None
+
+    def further(self, rows: list[Row]) -> dict[str, FurtherInput]:
+        """What `AlignmentItems` are to prepare of each row."""
+        processor, found = self.trainer.processing_class, {}
+        if "next_token" in self.weights:
+            found["next_token"] = partial(spoken_prompt, processor=processor)
+        if "distillation" in self.weights:
+            instruction = self.args.distillation_prompt if self.args.distillation_target == "transcript" else None
+            found["student"] = partial(_distilled, prompt=spoken_prompt, instruction=instruction, processor=processor)
+            found["teacher"] = partial(_distilled, prompt=written_prompt, instruction=instruction, processor=processor)
+        if "mixed" in self.weights:
+            found["words"] = partial(
+                _named_words,
+                rule=processor.rule,
+                tokenizer=processor.tokenizer,
+                punctuation=self.args.mixed_punctuation,
+            )
+            self._warn_of_proportional(rows)
+        return found
+
+    def _text(self, word: str) -> str:
+        return word if self.args.mixed_punctuation else without_punctuation(word)
+
+    def _warn_of_proportional(self, rows: list[Row]) -> None:
+        count = sum(row.get("alignment") != "forced" for row in rows)
+        if count and not self._warned:
+            logger.warning(
+                "The word times of %d of %d utterances are not from forced alignment but from the words' lengths; "
+                "`speechllm align --ctc_model ...` finds better ones.",
+                count,
+                len(rows),
+            )
+            self._warned = True
+
+    # ---- terms -----------------------------------------------------------------------------------------------------
+
+    def next_token(self, states: AlignedStates) -> dict[str, torch.Tensor]:
+        return {"loss": self._cross_entropy(states.batch["further"]["next_token"], states.speech_tokens)}
+
+    def mixed(self, states: AlignedStates) -> dict[str, torch.Tensor]:
+        """A row's choice of spoken words depends on seed, step and row alone: not on how the batch is split, and the
+        same after resumption. Held-out rows always have the same."""
+        batch, trainer = states.batch, self.trainer
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        step = trainer.state.global_step if trainer.headless.training else "held out"
+        placeholder = trainer.headless.config.audio_token_id
+        counts = (batch["input_ids"] == placeholder).sum(-1).tolist()
+        rows, chosen = [], []
+        for (name, words), first in zip(batch["further"]["words"], [0, *accumulate(counts)]):
+            generator = random.Random(f"mixed {seed} {step} {name}")
+            spoken = spoken_words(len(words), self.args.mixed_speech_probability, generator)
+            sequence = mixed_sequence(words, spoken, placeholder)
+            prefix = trainer.prefix
+            rows.append(
+                {
+                    "input_ids": [*prefix, *sequence.input_ids],
+                    "labels": [IGNORED] * len(prefix) + sequence.labels,
+                }
+            )
+            chosen += [first + token for token in sequence.speech]
+        tokens = states.speech_tokens
+        prompt = trainer.processing_class.pad_rows(rows).to(tokens.device)
+        loss = self._cross_entropy(prompt, tokens[torch.tensor(chosen, dtype=torch.long, device=tokens.device)])
+        return {"loss": loss + 0 * tokens.sum()}  # in the projector's graph even if nothing is spoken
+
+    def distillation(self, states: AlignedStates) -> dict[str, torch.Tensor]:
+        prompts = states.batch["further"]
+        with torch.no_grad():
+            teacher = self._answer_states(prompts["teacher"], None)
+        student = self._answer_states(prompts["student"], states.speech_tokens)
+        speechllm, args = self.trainer.speechllm, self.args
+        with self.trainer.accelerator.autocast():
+            loss = next_token_kl(
+                student,
+                teacher,
+                lambda hidden: speechllm.compute_logits(hidden[None])[0],
+                temperature=args.distillation_temperature,
+                direction=args.distillation_direction,
+            )
+        return {"loss": loss}
+
+    def norm(self, states: AlignedStates) -> dict[str, torch.Tensor]:
+        return scale_penalty(states.speech_tokens, self.text_mean_square)
+
+    @torch.no_grad()
+    def held_out(self, dataset: AlignmentItems) -> dict[str, float]:
+        """`loss_<term>` over `dataset`: the mean over its batches, each weighed by its rows."""
+        trainer, names = self.trainer, list(self.weights)
+        total = torch.zeros(1 + len(names), dtype=torch.float64)
+        for batch in trainer.eval_batches(dataset):
+            batch = trainer.on_device(batch)
+            if batch["weight"]:
+                states = trainer.aligned_states(trainer.headless, batch, [])
+                losses = [getattr(self, name)(states)["loss"].item() for name in names]
+                total += len(batch["rows"]) * torch.tensor([1.0, *losses], dtype=torch.float64)
+        if trainer.args.world_size > 1:
+            total = trainer.accelerator.reduce(total.to(trainer.args.device)).cpu()
+        return {f"loss_{name}": (value / total[0]).item() for name, value in zip(names, total[1:])}
+
+    def _embedded(self, prompt: Prompt, speech_tokens: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Inputs of a pass of one's own through the LLM."""
+        if self.trainer.headless.training:
+            self.trainer.llm_tokens += int(prompt["attention_mask"].sum())
+        return {
+            "inputs_embeds": self.trainer.headless.embed_prompt(prompt["input_ids"], speech_tokens),
+            "attention_mask": prompt["attention_mask"],
+            "use_cache": False,
+        }
+
+    def _cross_entropy(self, prompt: Prompt, speech_tokens: torch.Tensor) -> torch.Tensor:
+        """Mean over the prompt's labels; the head runs on no other position."""
+        with self.trainer.accelerator.autocast():
+            inputs = self._embedded(prompt, speech_tokens)
+            return self.trainer.speechllm(**inputs, labels=prompt["labels"], answer_logits_only=True).loss
+
+    def _answer_states(self, prompt: Prompt, speech_tokens: torch.Tensor | None) -> torch.Tensor:
+        """(labels, dim): the final hidden states that predict the prompt's labels."""
+        with self.trainer.accelerator.autocast():
+            hidden = self.trainer.headless(**self._embedded(prompt, speech_tokens)).last_hidden_state
+        return hidden[:, :-1][prompt["labels"][:, 1:] != IGNORED]
+
+
+def _named_words(row: Row, segment_frames: list[int], **options: Any) -> tuple[str, list[WordSpan]]:
+    return row["id"], word_spans(row, segment_frames, **options)
+
+
+def _distilled(
+    row: Row, segment_frames: list[int], prompt: FurtherInput, instruction: str | None, processor: SpeechLLMProcessor
+) -> Prompt:
+    """A prompt of the row, or, with an instruction, of the row whose answer is its transcript."""
+    row = row if instruction is None else {**row, "prompt": instruction, "target": row["text"]}
+    return prompt(row, segment_frames, processor=processor)
