@@ -1,8 +1,9 @@
 """How it is minimised: `Trainer` subclasses and their settings."""
 
+from .aligned_states import AlignedStates
 from .base import SpeechLLMTrainer, SpeechLLMTrainingArguments
 from .contrastive_config import ContrastiveArguments
-from .contrastive_trainer import AlignedStates, ContrastiveTrainer
+from .contrastive_trainer import ContrastiveTrainer
 from .fine_tuning_config import FineTuningArguments
 from .fine_tuning_trainer import FineTuningTrainer, add_lora
 

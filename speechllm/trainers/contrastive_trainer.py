@@ -5,13 +5,16 @@
 2. At each chosen layer an InfoNCE loss pulls each utterance to its transcript and away from the others of the batch.
 3. As training goes, held-out retrieval per layer tells whether the LLM hears what was said.
 
-Only the headless model runs, no layer beyond the last one used, and with `layers="emb"` no LLM at all.
+Only the headless model runs, no layer beyond the last one used, and with `layers="emb"` no LLM at all. On several
+processes the loss is that of the whole global batch. `grad_cache.py` has batches larger than fit at once, `negatives.py`
+negatives from beyond the batch, `learned_scalars.py` what of the loss itself can be learned.
 """
 
+import inspect
+import random
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,59 +26,21 @@ from ..data.items import AlignmentItems
 from ..data.schema import Row
 from ..data.splits import words_of
 from ..evaluation.retrieval import retrieval_metrics
-from ..objectives import layerwise_contrastive_loss, masked_mean, parse_layer_schedule
-from ..objectives.layers import SIMILARITIES, Similarity
+from ..objectives import (
+    layerwise_contrastive_loss,
+    parse_layer_schedule,
+    parse_layer_weights,
+)
+from ..objectives.gathering import several_processes
+from ..objectives.layers import SIMILARITIES, Similarity, mean_pooled
+from .aligned_states import AlignedStates, Objective, first_items, pool, shared_prefix
 from .base import SpeechLLMTrainer
 from .contrastive_config import ContrastiveArguments
 from .frozen_states import fill_text_state_cache, text_state_cache
-
-
-@dataclass(frozen=True)
-class AlignedStates:
-    """What an objective sees of a batch.
-
-    text, speech: layer -> (batch, length, dim); text_mask, speech_mask: (batch, length), `True` = counts (the shared
-    prefix and padding do not). speech_tokens: (all speech tokens of the batch, dim), the projector's output. batch: the
-    model inputs. model: the module under training, for objectives that need a pass of their own.
-    """
-
-    text: dict[int, torch.Tensor]
-    text_mask: torch.Tensor
-    speech: dict[int, torch.Tensor]
-    speech_mask: torch.Tensor
-    speech_tokens: torch.Tensor
-    batch: dict[str, Any]
-    model: torch.nn.Module
-
-
-# An objective returns `loss` and any named parts of it; each is normalised by itself, over its own items.
-Objective = Callable[[AlignedStates], dict[str, torch.Tensor]]
-
-
-def shared_prefix(prefix: str, processor) -> list[int]:
-    """Token ids of the setting `prefix` (see `ContrastiveArguments`).
-
-    Raises:
-        ValueError: if the LLM has nothing of the kind that the setting names.
-    """
-    tokenizer = processor.tokenizer
-    if prefix == "bos":
-        if tokenizer.bos_token is None:
-            raise ValueError("prefix is 'bos', but this LLM's tokenizer has no such token; use 'auto' or a text.")
-        prefix = tokenizer.bos_token
-    elif prefix == "auto":
-        # What a later user turn adds to a chat, up to its content: free of default system messages.
-        turns = [{"role": "user", "content": "HELLO"}, {"role": "assistant", "content": "ANSWER"}]
-        closing = processor.apply_chat_template(turns).rpartition("ANSWER")[2]
-        chat = processor.apply_chat_template([*turns, {"role": "user", "content": "QUESTION"}])
-        opening = chat.rpartition("QUESTION")[0].rpartition("ANSWER")[2].removeprefix(closing)
-        bos = tokenizer.bos_token or ""
-        prefix = opening if opening.startswith(bos) else bos + opening
-        if not prefix:
-            raise ValueError(
-                "prefix is 'auto', but this LLM's chat template opens user turns with nothing; give a text."
-            )
-    return tokenizer(prefix, add_special_tokens=False).input_ids if prefix else []
+from .grad_cache import split_batch, two_pass_backward
+from .learned_scalars import LearnedScalars
+from .negatives import FurtherNegatives
+from .objective_terms import ObjectiveTerms
 
 
 class ContrastiveTrainer(SpeechLLMTrainer):
@@ -110,8 +75,17 @@ class ContrastiveTrainer(SpeechLLMTrainer):
             )
         self.similarity = similarity or SIMILARITIES[args.similarity]
         self.pooled = self.similarity is SIMILARITIES["cosine"]  # pooled states say all that cosine needs to know
-        contrastive = partial(self._contrastive, temperature=args.temperature, symmetric=args.symmetric)
-        self.objectives = {"contrastive": (1.0, contrastive), **(objectives or {})}
+        self.layer_weights = {}
+        if args.layer_weights not in (None, "learned"):
+            self.layer_weights = parse_layer_weights(args.layer_weights, len(headless.llm_layers))
+        self.terms = ObjectiveTerms(self, model, args)
+        self.objectives = {**self.terms.objectives(), **(objectives or {})}
+        # Without them the speech tokens are all that is computed.
+        self.needs_states = bool(args.contrastive_weight or objectives)
+        if args.contrastive_weight:
+            self.objectives = {"contrastive": (args.contrastive_weight, self._contrastive), **self.objectives}
+        if not self.objectives:
+            raise ValueError("There is nothing to minimise: contrastive_weight is 0, and so are the others.")
         self.prefix = shared_prefix(args.prefix, processing_class)
         self.text_states = None
         if args.text_state_cache:
@@ -128,13 +102,35 @@ class ContrastiveTrainer(SpeechLLMTrainer):
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, **kwargs)
         # Every objective is a mean of its own; `Trainer` then divides by the accumulation steps.
         self.model_accepts_loss_kwargs = False
+        language_model = self.headless.language_model
+        if args.position_shift and "position_ids" not in inspect.signature(language_model.forward).parameters:
+            raise ValueError(f"position_shift: {type(language_model).__name__} takes no positions. Leave it out.")
+        if args.gradcache_chunk and self.is_deepspeed_enabled:
+            raise ValueError(
+                "gradcache_chunk runs several backward passes per step, which DeepSpeed does not allow: use DDP."
+            )
+        learned_layers = self.all_layers if args.layer_weights == "learned" else []
+        self.scalars = None
+        if args.temperature_learned or learned_layers:
+            self.scalars = LearnedScalars(args.temperature if args.temperature_learned else None, learned_layers, self)
+            self.add_callback(self.scalars)
+        self.further_negatives = None
+        if self.train_rows and (args.text_bank or args.hard_negatives):
+            keys = [self.batch_key(row) for row in self.train_rows]
+            self.further_negatives = FurtherNegatives(self.train_rows, keys, self.text_states, args, self.all_layers)
+        self.terms.prepare()
 
     def trained_module(self, model):
         return getattr(model, "model", model)
 
     def items(self, rows: list[Row]) -> AlignmentItems:
         items = AlignmentItems(
-            rows, self.processing_class, self.frames, prefix=self.prefix, text_states=self.text_states
+            rows,
+            self.processing_class,
+            self.frames,
+            prefix=self.prefix,
+            text_states=self.text_states,
+            further=self.terms.further(rows),
         )
         if self.text_states is not None:
             fill_text_state_cache(self.text_states, items, self.headless, self.all_layers, self.pooled)
@@ -142,7 +138,7 @@ class ContrastiveTrainer(SpeechLLMTrainer):
 
     def problem(self, row: Row) -> str | None:
         has_text = isinstance(row.get("text"), str) and row["text"].strip()
-        return None if has_text else f"{row['id']} has no `text`. Give its transcript."
+        return self.terms.problem(row) if has_text else f"{row['id']} has no `text`. Give its transcript."
 
     def batch_key(self, row: Row) -> str:
         return " ".join(words_of(row["text"])) or row["text"]
@@ -150,6 +146,26 @@ class ContrastiveTrainer(SpeechLLMTrainer):
     def layers_at(self, step: int) -> list[int]:
         """Layers that the schedule aligns at optimiser step `step`."""
         return [layers for start, layers in self.schedule if start <= step][-1]
+
+    def layer_weights_at(self, step: int, layers: list[int]) -> dict[int, float | torch.Tensor]:
+        """Weight of each layer at optimiser step `step`."""
+        weights: dict[int, float | torch.Tensor] = {layer: self.layer_weights.get(layer, 1.0) for layer in layers}
+        if self.scalars is not None:
+            weights.update(self.scalars.weights(layers))
+        return {layer: weight * self._ramp(layer, step) for layer, weight in weights.items()}
+
+    def _ramp(self, layer: int, step: int) -> float:
+        """1, or less while the layer is new: `layer_ramp` steps from where the schedule adds it."""
+        begun = 0
+        for (_, before), (start, layers) in pairwise(self.schedule):
+            if start <= step and layer in layers and layer not in before:
+                begun = start
+        return min(1.0, (step - begun + 1) / self.args.layer_ramp) if begun and self.args.layer_ramp else 1.0
+
+    @property
+    def keys_differ_between_processes(self) -> bool:
+        """Equal transcripts must not meet in one loss."""
+        return self.args.gather_negatives
 
     # ---- states ----------------------------------------------------------------------------------------------------
 
@@ -165,50 +181,190 @@ class ContrastiveTrainer(SpeechLLMTrainer):
             return states, mask.new_ones(len(mask), 1) if self.pooled else mask[:, len(self.prefix) :]
         with torch.no_grad():
             output = self.headless(
-                input_ids=batch["text_input_ids"], attention_mask=batch["text_attention_mask"], layers=layers
+                input_ids=batch["text_input_ids"],
+                attention_mask=batch["text_attention_mask"],
+                layers=layers,
+                **self._positions_of(batch["text_input_ids"]),
             )
         return output.layer_states, mask
 
-    def aligned_states(self, model: torch.nn.Module, batch: dict[str, Any], layers: list[int]) -> AlignedStates:
-        """Both sides' states of a batch at `layers`; the text side without gradient."""
-        text, text_mask = self._text_side(batch, layers)
+    def _positions_of(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`position_ids`, where training shifts them: the same for both sides, another shift in every step."""
+        if not self.args.position_shift or not self.headless.training:
+            return {}
+        shift = random.Random(f"shift {self.args.seed} {self.state.global_step}").randrange(self.args.position_shift)
+        positions = torch.arange(shift, shift + input_ids.shape[1], device=input_ids.device)
+        limit = getattr(self.headless.config.text_config, "max_position_embeddings", None)
+        if limit is not None and len(positions) + shift > limit:
+            raise ValueError(
+                f"position_shift moves {len(positions)} tokens by {shift}, but this LLM has {limit} positions. Lower it."
+            )
+        return {"position_ids": positions.expand(input_ids.shape)}
+
+    def aligned_states(
+        self,
+        model: torch.nn.Module,
+        batch: dict[str, Any],
+        layers: list[int],
+        text_side: tuple[dict[int, torch.Tensor], torch.Tensor] | None = None,
+    ) -> AlignedStates:
+        """Both sides' states of a batch at `layers`; the text side without gradient, and not computed where it is given.
+        Without layers, just the speech tokens."""
+        text, text_mask = text_side or self._text_side(batch, layers)
         names = ("input_ids", "attention_mask", *(name for name in batch if name.startswith(("input_", "speech_"))))
         inputs = {name: batch[name] for name in dict.fromkeys(names)}
-        output = model(**inputs, layers=layers)
+        output = model(**inputs, **self._positions_of(batch["input_ids"]), layers=layers)
         return AlignedStates(
             text=text,
             text_mask=text_mask,
             speech=output.layer_states,
             speech_mask=self._mask(batch["attention_mask"].clone()),
             speech_tokens=output.speech_tokens,
-            batch=inputs,
+            batch=batch,
             model=model,
         )
 
     # ---- training --------------------------------------------------------------------------------------------------
 
-    def _contrastive(self, states: AlignedStates, **options: Any) -> dict[str, torch.Tensor]:
-        return layerwise_contrastive_loss(
-            states.text, states.text_mask, states.speech, states.speech_mask, similarity=self.similarity, **options
-        )
+    def _temperature(self) -> float | torch.Tensor:
+        learned = self.scalars.log_temperature if self.scalars is not None else None
+        return self.args.temperature if learned is None else learned.exp()
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    @property
+    def _gathers(self) -> bool:
+        return self.args.gather_negatives and several_processes()
+
+    def _contrastive(self, states: AlignedStates) -> dict[str, torch.Tensor]:
+        """The contrastive term of a training batch."""
+        step, layers = self.state.global_step, list(states.speech)
+        if self._gathers and not states.batch["weight"]:  # nobody's negative: it stands in for what cannot be used
+            states = first_items(states, 0)
+        weights, temperature = self.layer_weights_at(step, layers), self._temperature()
+        extra_texts = None
+        if self.further_negatives is not None and (extra_texts := self.further_negatives(states, step, self._gathers)):
+            self.record({"extra_texts": float(len(extra_texts.mask))})
+        terms = layerwise_contrastive_loss(
+            states.text,
+            states.text_mask,
+            states.speech,
+            states.speech_mask,
+            similarity=self.similarity,
+            temperature=temperature,
+            layer_weights=weights,
+            symmetric=self.args.symmetric,
+            gather=self._gathers,
+            extra_texts=extra_texts,
+        )
+        if self.scalars is not None:
+            price = [self._ramp(l, step) * s / 2 for l, s in self.scalars.log_variances.items() if l in layers]  # noqa: E741
+            terms["loss"] = terms["loss"] + sum(price)
+            if self.args.temperature_learned:
+                terms["temperature"] = temperature
+        if self.args.layer_weights or self.args.layer_ramp:
+            terms.update({f"weight_layer_{layer}": torch.as_tensor(weight) for layer, weight in weights.items()})
+        return terms
+
+    def _term(self, name: str, states: AlignedStates, share: float = 1.0) -> torch.Tensor:
+        """A weighted term of the loss, recorded; `share`: of the batch that the states are."""
+        factor, objective = self.objectives[name]
+        # A gathered loss is the same on every process, whatever could not be used on one of them.
+        weight = 1.0 if name == "contrastive" and self._gathers else states.batch["weight"]
+        terms = dict(objective(states))
+        value = terms.pop("loss")
+        group = "loss" if name == "contrastive" else f"loss_{name}"
+        plain = {
+            part: terms.pop(part) for part in list(terms) if name == "contrastive" and not part.startswith("layer")
+        }
+        named = {f"loss_{name}": value, **{f"{group}_{part}": v for part, v in terms.items()}, **plain}
+        self.record({part: v * share for part, v in named.items()}, weight * share)
+        return factor * weight * share * value
+
+    def _prepared(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+        """The batch on its device, and the layers to align."""
         batch = self.on_device(inputs)
-        weight = batch["weight"]
-        layers = self.layers_at(self.state.global_step)
-        states = self.aligned_states(model, batch, layers)
-        if max(layers) > 0:
+        layers = self.layers_at(self.state.global_step) if self.needs_states else []
+        if max(layers, default=0) > 0:
             self.llm_tokens += int(batch["attention_mask"].sum())
             self.llm_tokens += 0 if "text_states" in batch else int(batch["text_attention_mask"].sum())
-        loss = 0.0
-        for name, (factor, objective) in self.objectives.items():
-            terms = dict(objective(states))
-            value = terms.pop("loss")
-            loss = loss + factor * value
-            group = "loss" if name == "contrastive" else f"loss_{name}"
-            self.record({f"loss_{name}": value, **{f"{group}_{part}": v for part, v in terms.items()}}, weight)
-        loss = loss * weight
+        return batch, layers
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        batch, layers = self._prepared(inputs)
+        states = self.aligned_states(model, batch, layers)
+        loss = sum(self._term(name, states) for name in self.objectives)
         return (loss, states) if return_outputs else loss
+
+    # ---- large batches ---------------------------------------------------------------------------------------------
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if not self.args.gradcache_chunk or "contrastive" not in self.objectives:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        if hasattr(self.optimizer, "train"):  # schedule-free optimisers
+            self.optimizer.train()
+        batch, layers = self._prepared(inputs)
+        chunks = split_batch(batch, self.args.gradcache_chunk, self.headless.config)
+        used, planned = len(chunks), -(-self._train_batch_size // self.args.gradcache_chunk)
+        chunks += chunks[-1:] * (planned - used)  # some utterances could not be used
+        with self.compute_loss_context_manager():
+            text_sides = [self._text_side(chunk, layers) for chunk in chunks]
+        chunks = [{**chunk, "text_side": text_side} for chunk, text_side in zip(chunks, text_sides)]
+        share = 1 / self.current_gradient_accumulation_steps
+        further = [name for name in self.objectives if name != "contrastive"]
+
+        def encode(chunk: dict[str, Any]) -> AlignedStates:
+            with self.compute_loss_context_manager():
+                return self.aligned_states(model, chunk, layers, chunk["text_side"])
+
+        def states_of(states: AlignedStates) -> list[torch.Tensor]:
+            return list((pool(states) if self.pooled else states).speech.values())
+
+        def whole_loss(speech: list[torch.Tensor]) -> torch.Tensor:
+            mask = self._mask(batch["attention_mask"].clone())
+            sides = [mean_pooled(*side) if self.pooled else side for side in text_sides[:used]]
+            states = AlignedStates(
+                text={layer: torch.cat([side[0][layer] for side in sides]) for layer in layers},
+                text_mask=torch.cat([side[1] for side in sides]),
+                speech=dict(zip(layers, speech)),
+                speech_mask=mask.new_ones(len(mask), 1) if self.pooled else mask,
+                speech_tokens=speech[0].new_empty(0),
+                batch=batch,
+                model=model,
+            )
+            return share * self._term("contrastive", states)
+
+        def further_terms(states: AlignedStates) -> torch.Tensor:
+            part = len(states.speech_mask) / len(batch["input_ids"])
+            return share * sum(self._term(name, states, part) for name in further)
+
+        scaler = self.accelerator.scaler
+        return two_pass_backward(
+            chunks,
+            encode,
+            states_of,
+            whole_loss,
+            further_terms if further else None,
+            used=used,
+            scale=scaler.scale if scaler is not None else lambda value: value,
+            no_sync=partial(self.accelerator.no_sync, model),
+        )
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _own_state(self) -> list[LearnedScalars | FurtherNegatives]:
+        return [state for state in (self.scalars, self.further_negatives) if state is not None]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        for state in self._own_state():
+            if self.args.should_save:
+                state.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for state in self._own_state():
+            if checkpoint is not None:
+                state.load(checkpoint)
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
@@ -266,6 +422,7 @@ class ContrastiveTrainer(SpeechLLMTrainer):
     ) -> dict[str, float]:
         """Held-out retrieval per layer over the whole evaluation set, and the contrastive loss with all of it as one
         batch. Metrics are `<prefix>_recall@1_layer_<l>`, `..._recall@5_...`, `..._mean` over layers, and `<prefix>_loss`.
+        With further terms, `<prefix>_loss_<term>` too, and `<prefix>_loss` is the weighted sum, as in training.
         """
         start = time.time()
         rows, states = self.held_out_states(eval_dataset)
@@ -276,27 +433,25 @@ class ContrastiveTrainer(SpeechLLMTrainer):
         for name in ("recall@1", "recall@5"):
             values = [value for key, value in metrics.items() if key.startswith(f"{name}_layer")]
             metrics[f"{name}_mean"] = sum(values) / len(values)
-        terms = self._contrastive(states, temperature=self.args.temperature, symmetric=self.args.symmetric)
+        terms = layerwise_contrastive_loss(
+            states.text,
+            states.text_mask,
+            states.speech,
+            states.speech_mask,
+            similarity=self.similarity,
+            temperature=float(self._temperature()),
+            symmetric=self.args.symmetric,
+        )
         metrics.update({name.replace("layer", "loss_layer"): value.item() for name, value in terms.items()})
+        if self.terms.weights:
+            metrics["loss_contrastive"] = metrics["loss"]
+            metrics.update(self.terms.held_out(self.eval_dataset if eval_dataset is None else self.items(rows)))
+            metrics["loss"] = self.args.contrastive_weight * metrics["loss"] + sum(
+                weight * metrics[f"loss_{name}"] for name, weight in self.terms.weights.items()
+            )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         metrics.update(speed_metrics(metric_key_prefix, start, num_samples=len(rows)))
         self.write_set_aside()
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-def pool(states: AlignedStates) -> AlignedStates:
-    """Each side's valid tokens replaced by their mean: lengths become 1."""
-
-    def pooled(values: dict[int, torch.Tensor], mask: torch.Tensor) -> dict[int, torch.Tensor]:
-        return {layer: masked_mean(state, mask)[:, None] for layer, state in values.items()}
-
-    one = states.text_mask.new_ones(len(states.text_mask), 1)
-    return replace(
-        states,
-        text=pooled(states.text, states.text_mask),
-        speech=pooled(states.speech, states.speech_mask),
-        text_mask=one,
-        speech_mask=one,
-    )

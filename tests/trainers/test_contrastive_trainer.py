@@ -16,7 +16,7 @@ from transformers import TrainerCallback, set_seed
 
 from speechllm import AudioError
 from speechllm.objectives import cosine_similarity_matrix, layerwise_contrastive_loss
-from speechllm.trainers.contrastive_trainer import shared_prefix
+from speechllm.trainers.aligned_states import shared_prefix
 
 
 class LayerCalls:

@@ -1,0 +1,79 @@
+"""What the objectives of stage 1 see: both sides' hidden states of a batch, behind a prefix that both share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..objectives.layers import mean_pooled
+
+
+@dataclass(frozen=True)
+class AlignedStates:
+    """What an objective sees of a batch.
+
+    text, speech: layer -> (batch, length, dim); text_mask, speech_mask: (batch, length), `True` = counts (the shared
+    prefix and padding do not). speech_tokens: (all speech tokens of the batch, dim), the projector's output. batch: as
+    the collator made it. model: the module under training, for objectives that need a pass of their own.
+    """
+
+    text: dict[int, torch.Tensor]
+    text_mask: torch.Tensor
+    speech: dict[int, torch.Tensor]
+    speech_mask: torch.Tensor
+    speech_tokens: torch.Tensor
+    batch: dict[str, Any]
+    model: torch.nn.Module
+
+
+# An objective returns `loss` and any named parts of it; each is normalised by itself, over its own items.
+Objective = Callable[[AlignedStates], dict[str, torch.Tensor]]
+
+
+def shared_prefix(prefix: str, processor) -> list[int]:
+    """Token ids of the setting `prefix` (see `ContrastiveArguments`).
+
+    Raises:
+        ValueError: if the LLM has nothing of the kind that the setting names.
+    """
+    tokenizer = processor.tokenizer
+    if prefix == "bos":
+        if tokenizer.bos_token is None:
+            raise ValueError("prefix is 'bos', but this LLM's tokenizer has no such token; use 'auto' or a text.")
+        prefix = tokenizer.bos_token
+    elif prefix == "auto":
+        # What a later user turn adds to a chat, up to its content: free of default system messages.
+        turns = [{"role": "user", "content": "HELLO"}, {"role": "assistant", "content": "ANSWER"}]
+        closing = processor.apply_chat_template(turns).rpartition("ANSWER")[2]
+        chat = processor.apply_chat_template([*turns, {"role": "user", "content": "QUESTION"}])
+        opening = chat.rpartition("QUESTION")[0].rpartition("ANSWER")[2].removeprefix(closing)
+        bos = tokenizer.bos_token or ""
+        prefix = opening if opening.startswith(bos) else bos + opening
+        if not prefix:
+            raise ValueError(
+                "prefix is 'auto', but this LLM's chat template opens user turns with nothing; give a text."
+            )
+    return tokenizer(prefix, add_special_tokens=False).input_ids if prefix else []
+
+
+def pool(states: AlignedStates) -> AlignedStates:
+    """Each side's valid tokens replaced by their mean: lengths become 1."""
+    text, text_mask = mean_pooled(states.text, states.text_mask)
+    speech, speech_mask = mean_pooled(states.speech, states.speech_mask)
+    return replace(states, text=text, text_mask=text_mask, speech=speech, speech_mask=speech_mask)
+
+
+def first_items(states: AlignedStates, count: int) -> AlignedStates:
+    """The states of the first `count` utterances, still in the graph."""
+
+    def first(values: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        return {layer: state[:count] for layer, state in values.items()}
+
+    return replace(
+        states,
+        text=first(states.text),
+        text_mask=states.text_mask[:count],
+        speech=first(states.speech),
+        speech_mask=states.speech_mask[:count],
+    )

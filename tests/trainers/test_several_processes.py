@@ -1,0 +1,44 @@
+"""Two processes with four utterances each train as one with eight does."""
+
+import pytest
+import torch
+from two_processes import RUNS, run, run_sharded, run_twice
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What became of all runs on two processes, per process."""
+    return run_twice(tmp_path_factory.mktemp("two"), [*RUNS, "sharded"])
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name not in ("per device", "not finite")])
+def test_two_processes_train_as_one(name, two, tmp_path):
+    one = run(name, tmp_path)
+    for found in two:
+        first, *later = zip(found[name]["gradients"], one["gradients"], strict=True)
+        torch.testing.assert_close(*first, atol=1e-5, rtol=0)
+        for gradient, expected in later:  # of weights that the optimiser moved by Adam's ratios of small gradients
+            torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-3)
+        for parameter, value in found[name]["weights"].items():
+            torch.testing.assert_close(value, one["weights"][parameter], atol=1e-5, rtol=0, msg=parameter)
+    for log, expected in zip(two[0][name]["logs"], one["logs"], strict=True):
+        assert log == pytest.approx(expected, abs=1e-5)
+
+
+def test_without_gathering_two_processes_are_two_batches(two, tmp_path):
+    assert two[0]["per device"]["logs"][0]["loss"] < 0.9 * run("cosine", tmp_path)["logs"][0]["loss"]
+
+
+def test_sharded_weights_train_as_whole_ones(two, tmp_path):
+    one = run_sharded(tmp_path, 1)
+    for found in two:
+        assert found["sharded"]["losses"] == pytest.approx(one["losses"], abs=1e-4)
+    for name, value in two[0]["sharded"]["weights"].items():
+        torch.testing.assert_close(value, one["weights"][name], atol=1e-4, rtol=0, msg=name)
+
+
+def test_every_process_says_what_is_not_finite(two):
+    for found in two:
+        assert (
+            "on process 1: the similarities at layer 2 are not finite: text items [1]" in found["not finite"]["error"]
+        )
