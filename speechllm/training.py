@@ -2,16 +2,17 @@
 
 import json
 import os
-from collections.abc import Callable
+import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from datasets import IterableDataset
 from transformers import AutoProcessor, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from .configuration_speechllm import SpeechLLMProjectorConfig
-from .data.schema import Row
+from .data.schema import Row, load_rows, load_stream
 from .data.splits import split_by_cluster
 from .modeling_speechllm import SpeechLLMForConditionalGeneration
 from .processing_speechllm import SpeechLLMProcessor
@@ -63,9 +64,24 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Which data: manifests of rows with `audio` and `text`."""
+    """Which data: manifests of rows with `audio` and `text`, or a stream of such rows."""
 
-    train_data: str = field(metadata={"help": "Manifest to train on: .jsonl, .json, .csv or .tsv."})
+    train_data: str = field(
+        metadata={
+            "help": "Manifest to train on: .jsonl, .json, .csv or .tsv. With --streaming: a folder of Parquet or JSON "
+            "Lines files, one such file, or the id of a data set on the Hub."
+        }
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read the training data as a stream, never as a whole; needs --max_steps."},
+    )
+    data_config: str | None = field(default=None, metadata={"help": "Configuration of the Hub's data set."})
+    data_split: str = field(default="train", metadata={"help": "Split of the Hub's data set."})
+    columns: str | None = field(  # once parsed, a dict
+        default=None,
+        metadata={"help": 'The data\'s own names of columns as JSON, e.g. \'{"text": "sentence"}\'.'},
+    )
     eval_data: str | None = field(default=None, metadata={"help": "Manifest of held-out rows."})
     held_out: int = field(
         default=0, metadata={"help": "Without --eval_data: hold out so many texts, with their near-duplicates."}
@@ -73,15 +89,50 @@ class DataArguments:
     maximum_seconds: float | None = field(
         default=None, metadata={"help": "Leave out longer rows (where the manifest has a `duration`)."}
     )
+    train_fraction: float = field(
+        default=1.0,
+        metadata={"help": "Train on this part of the rows, drawn once for all: a smaller part lies in a larger one."},
+    )
 
-    def load(self, load_rows: Callable[[str], list[Row]]) -> tuple[list[Row], list[Row]]:
-        """Training rows and held-out rows."""
-        train = load_rows(self.train_data)
-        if self.maximum_seconds is not None:
-            train = [row for row in train if row.get("duration", 0) <= self.maximum_seconds]
+    def __post_init__(self):
+        if isinstance(self.columns, str):
+            try:
+                self.columns = json.loads(self.columns)
+            except json.JSONDecodeError as error:
+                raise UsageError(f'--columns is not JSON: {error}. Write it as \'{{"text": "sentence"}}\'.') from None
+        if self.columns is not None and not (
+            isinstance(self.columns, dict) and all(isinstance(name, str) for name in self.columns.values())
+        ):
+            raise UsageError(f"--columns is {self.columns!r}; it must map our names of columns to the data's.")
+        if not 0 < self.train_fraction <= 1:
+            raise UsageError(f"--train_fraction is {self.train_fraction}; it must be above 0 and at most 1.")
+        if self.streaming and self.train_fraction < 1:
+            raise UsageError("--train_fraction needs all rows at once, --streaming never has them; give fewer rows.")
+        if self.streaming and self.held_out:
+            raise UsageError("--held_out needs all rows at once, --streaming never has them; give --eval_data instead.")
+
+    def load(self) -> tuple[list[Row] | IterableDataset, list[Row]]:
+        """Training rows, or a stream of them, and held-out rows."""
+        if self.streaming:
+            train = load_stream(self.train_data, self.columns, self.data_config, self.data_split)
+            if self.maximum_seconds is not None:
+                train = train.filter(self._is_short)
+        else:
+            train = list(filter(self._is_short, load_rows(self.train_data, self.columns)))
         if self.eval_data:
-            return train, load_rows(self.eval_data)
-        return split_by_cluster(train, test_texts=self.held_out, seed=0) if self.held_out else (train, [])
+            held_out = load_rows(self.eval_data, self.columns)
+        else:
+            train, held_out = (
+                split_by_cluster(train, test_texts=self.held_out, seed=0) if self.held_out else (train, [])
+            )
+        return (self._fraction(train) if self.train_fraction < 1 else train), held_out
+
+    def _fraction(self, rows: list[Row]) -> list[Row]:
+        order = random.Random("train_fraction").sample(range(len(rows)), len(rows))
+        return [rows[i] for i in sorted(order[: max(1, round(self.train_fraction * len(rows)))])]
+
+    def _is_short(self, row: Row) -> bool:
+        return self.maximum_seconds is None or (row.get("duration") or 0) <= self.maximum_seconds
 
 
 def load_model(
@@ -107,7 +158,7 @@ def load_model(
     return model, SpeechLLMProcessor.from_config(model.config)
 
 
-def run_training(trainer: SpeechLLMTrainer, data: DataArguments) -> None:
+def run_training(trainer: SpeechLLMTrainer) -> None:
     """Train (resuming from the last checkpoint in the output folder), evaluate, save, and say what happened."""
     arguments = trainer.args
     folder = Path(arguments.output_dir)

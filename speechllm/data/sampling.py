@@ -83,24 +83,41 @@ class DistinctBatchSampler(Sampler[list[int]]):
         generator.shuffle(order)
         kept = order[: len(order) - len(order) % size]  # what no full batch is left for is random, not the longest
         order = kept if len({self.keys[i] for i in kept}) >= size else order  # there is always one batch
-        if self.window:
-            span = size * self.window
-            blurred = [length * generator.uniform(1 - LENGTH_BLUR, 1 + LENGTH_BLUR) for length in self.lengths]
-            windows = [order[start : start + span] for start in range(0, len(order), span)]
-            # Longest first: what cannot be packed at the end are then short texts, which repeat the most.
-            order = [i for items in windows for i in sorted(items, key=blurred.__getitem__, reverse=True)]
-        batches, waiting, stream = [], deque(), iter(order)
-        while True:
-            batch, keys, passed = [], set(), deque()
-            while len(batch) < size:
-                item = waiting.popleft() if waiting else next(stream, None)
-                if item is None:
-                    generator.shuffle(batches)
-                    return batches
-                if self.keys[item] in keys:
-                    passed.append(item)
-                else:
-                    keys.add(self.keys[item])
-                    batch.append(item)
-            batches.append(batch)
-            waiting.extend(passed)
+        batches, _ = packed_batches(order, self.keys, self.lengths, size, self.window, generator)
+        return batches
+
+
+def packed_batches(
+    order: Sequence[int],
+    keys: Sequence[Hashable],
+    lengths: Sequence[float],
+    size: int,
+    window: int,
+    generator: random.Random,
+) -> tuple[list[list[int]], list[int]]:
+    """Items in random order -> full batches in random order, each of distinct keys and similar lengths, and the items
+    that no full batch was left for.
+
+    order: indices of items; keys, lengths: by index; size: of a batch; window: batches' worth of consecutive items that
+    are sorted by length together, 0 turns sorting off.
+    """
+    if window:
+        blurred = [length * generator.uniform(1 - LENGTH_BLUR, 1 + LENGTH_BLUR) for length in lengths]
+        windows = [order[start : start + size * window] for start in range(0, len(order), size * window)]
+        # Longest first: what cannot be packed at the end are then short texts, which repeat the most.
+        order = [i for items in windows for i in sorted(items, key=blurred.__getitem__, reverse=True)]
+    batches, waiting, stream = [], deque(), iter(order)
+    while True:
+        batch, taken, passed = [], set(), deque()
+        while len(batch) < size:
+            item = waiting.popleft() if waiting else next(stream, None)
+            if item is None:
+                generator.shuffle(batches)
+                return batches, [*batch, *passed]
+            if keys[item] in taken:
+                passed.append(item)
+            else:
+                taken.add(keys[item])
+                batch.append(item)
+        batches.append(batch)
+        waiting.extend(passed)

@@ -1,9 +1,10 @@
 """What both training stages share, on top of `transformers.Trainer`.
 
-- Batches of similar length, without equal keys (`data/sampling.py`), the same for a given seed on any number of workers.
+- Batches of similar length, without equal keys: of rows in memory (`data/sampling.py`), the same for a given seed on any
+  number of workers, or of a stream (`data/streaming.py`). The share of padding is logged.
 - Frozen encoder features from a cache on disk, where one is asked for.
 - Every loss term by name in the logs, averaged over the steps since the last log and over processes.
-- Checkpoints of trained weights only, and exact resumption from them.
+- Checkpoints of trained weights only, with a summary of the training for the model card, and exact resumption.
 - Utterances that cannot be used are set aside, counted, and listed in `set_aside.jsonl`; the run goes on.
 """
 
@@ -12,20 +13,25 @@ import logging
 from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import asdict, dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from datasets import IterableDataset
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from ..checkpoint_speechllm import ADAPTER_CONFIG, ADAPTER_FOLDER, PROJECTOR_WEIGHTS, CheckpointError
 from ..data.feature_cache import FeatureCache
 from ..data.items import SpeechCollator, SpeechItems, approximate_length
 from ..data.sampling import DistinctBatchSampler
-from ..data.schema import Row, SetAside, with_ids
+from ..data.schema import Row, SetAside, undecoded, with_ids
+from ..data.streaming import Position, StreamBatches, StreamReaders
+from ..hub.pushing_trainer import PushingTrainer
 from ..modeling_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMModel
 from ..processing_speechllm import SpeechLLMProcessor
 from .frozen_states import fill_frame_cache, frame_cache
@@ -50,6 +56,9 @@ class SpeechLLMTrainingArguments(TrainingArguments):
     length_window: int = field(
         default=4, metadata={"help": "Global batches that are sorted by length together; 0 turns sorting off."}
     )
+    stream_buffer: int = field(
+        default=1000, metadata={"help": "Rows of a stream that are shuffled together, per process and worker."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Rows are prepared here, not by column."})
     report_to: None | str | list[str] = field(  # noqa: RUF036 (in another order the parser gives [None])
         default="none", metadata={"help": "tensorboard, wandb, trackio, ... or none."}
@@ -59,6 +68,8 @@ class SpeechLLMTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must stay False: the data's columns are not the model's inputs.")
+        if self.stream_buffer < 1:
+            raise ValueError(f"stream_buffer is {self.stream_buffer}; it must be at least 1.")
 
 
 class EpochOfSampler(TrainerCallback):
@@ -68,28 +79,38 @@ class EpochOfSampler(TrainerCallback):
         self.trainer = trainer
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.trainer.batch_sampler.set_epoch(int(state.epoch or 0))
+        if self.trainer.stream is None:
+            self.trainer.batch_sampler.set_epoch(int(state.epoch or 0))
 
 
-class SpeechLLMTrainer(Trainer):
+class SpeechLLMTrainer(PushingTrainer):
     """Base of `ContrastiveTrainer` and `FineTuningTrainer`.
 
     Args:
         model: a SpeechLLM.
         args: settings.
-        train_dataset, eval_dataset: rows of the data schema (a list of dicts or a `datasets.Dataset`).
+        train_dataset: rows of the data schema (a list of dicts, a `datasets.Dataset`, or a stream, that is a
+            `datasets.IterableDataset`, which is read again and again for `max_steps` steps).
+        eval_dataset: likewise, but no stream.
         processing_class: the model's processor.
     """
+
+    keys_differ_between_processes = True  # whether equal keys must not meet in one step of several processes either
 
     def __init__(
         self,
         model: SpeechLLMForConditionalGeneration | SpeechLLMModel,
         args: SpeechLLMTrainingArguments,
-        train_dataset: list[Row] | None = None,
+        train_dataset: list[Row] | IterableDataset | None = None,
         eval_dataset: list[Row] | None = None,
         processing_class: SpeechLLMProcessor | None = None,
         **kwargs: Any,
     ):
+        self.stream = undecoded(train_dataset) if isinstance(train_dataset, IterableDataset) else None
+        if self.stream is not None:
+            _check_stream_settings(args)
+        if isinstance(eval_dataset, IterableDataset):
+            raise ValueError("`eval_dataset` is a stream; give its rows as a list, e.g. list(stream.take(200)).")
         if processing_class is None:
             raise ValueError("Give the model's processor as `processing_class`.")
         if args.n_gpu > 1:
@@ -102,6 +123,8 @@ class SpeechLLMTrainer(Trainer):
         self.llm_tokens = 0  # tokens, without padding, that passed through the LLM in this process's training steps
         self._terms: dict[str, list[torch.Tensor]] = defaultdict(list)  # name -> (weighted value, weight) of each step
         self._listed = 0  # utterances in `set_aside.jsonl`
+        self._padding = torch.zeros(2, device=args.device)  # sum over batches of the share of padding, batches
+        self._positions: dict[int, Position] = {}  # where each worker of this process goes on in the stream
         super().__init__(
             model=self.trained_module(model),
             args=args,
@@ -113,7 +136,7 @@ class SpeechLLMTrainer(Trainer):
         )
         self.add_callback(EpochOfSampler(self))
         self.frames = self._frame_cache() if args.feature_cache else None
-        self.train_rows = self._usable(train_dataset)
+        self.train_rows = self._usable(train_dataset if self.stream is None else None)
         self.eval_rows = self._usable(eval_dataset)
         self.train_dataset = self.items(self.train_rows) if self.train_rows else None
         self.eval_dataset = self.items(self.eval_rows) if self.eval_rows else None
@@ -150,7 +173,7 @@ class SpeechLLMTrainer(Trainer):
 
     def _usable(self, rows: list[Row] | None) -> list[Row]:
         """The rows with ids, their frames cached, without those that cannot be used."""
-        rows = with_ids(rows or [])
+        rows = with_ids(undecoded(rows) if rows is not None else [])
         unusable = []
         for row in rows:
             reason = f"{row['id']} has no `audio`. Give it one." if row.get("audio") is None else self.problem(row)
@@ -176,7 +199,40 @@ class SpeechLLMTrainer(Trainer):
             **sampling,
         )
 
+    @property
+    def _seed(self) -> int:
+        return self.args.data_seed if self.args.data_seed is not None else self.args.seed
+
+    def _stream_readers(self) -> StreamReaders:
+        arguments = self.args
+        return StreamReaders(arguments.process_index, arguments.world_size, max(1, arguments.dataloader_num_workers))
+
+    def _stream_loader(self) -> DataLoader:
+        batches = StreamBatches(
+            self.stream,
+            self.items([]),
+            batch_size=self._train_batch_size,
+            problem=self.problem,
+            key=self.batch_key,
+            readers=self._stream_readers(),
+            seed=self._seed,
+            buffer=self.args.stream_buffer,
+            window=self.args.length_window,
+            apart=self.keys_differ_between_processes,
+        )
+        batches.positions = self._positions
+        return DataLoader(
+            batches,
+            sampler=range(self.args.max_steps * self.args.gradient_accumulation_steps),
+            batch_size=1,  # of batches
+            collate_fn=itemgetter(0),
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
     def get_train_dataloader(self) -> DataLoader:
+        if self.stream is not None:
+            return self._stream_loader()
         if self.train_dataset is None:
             first = next(iter(self.set_aside.values()), "there is no `train_dataset`.")
             raise ValueError(f"There is nothing to train on: {first}")
@@ -185,7 +241,7 @@ class SpeechLLMTrainer(Trainer):
             [approximate_length(row) for row in self.train_rows],
             batch_size=self._train_batch_size,
             processes=self.args.world_size,
-            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            seed=self._seed,
             window=self.args.length_window,
         )
         return self.accelerator.prepare(self._loader(self.train_dataset, batch_sampler=self.batch_sampler))
@@ -198,6 +254,18 @@ class SpeechLLMTrainer(Trainer):
         return self._loader(
             dataset, padding_side, batch_sampler=batches[self.args.process_index :: self.args.world_size]
         )
+
+    def get_batch_samples(self, *args: Any):
+        """The batches of one optimiser step: their padding is noted, and where a stream goes on after them."""
+        batches, items = super().get_batch_samples(*args)
+        for batch in batches:
+            share = 1 - batch["attention_mask"].to(self.args.device).float().mean()
+            self._padding += torch.stack([share, torch.ones_like(share)])
+            self.record({"padding_share": share})
+            if "position" in batch:
+                worker, changes = batch.pop("position")
+                self._positions.setdefault(worker, {}).update(changes)
+        return batches, items
 
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch's tensors on this process's device; its set-aside utterances noted, the rest of it unchanged."""
@@ -226,8 +294,14 @@ class SpeechLLMTrainer(Trainer):
         path.write_text("\n".join(lines) + "\n")
         logger.warning("%d utterance(s) were set aside; see %s.", len(found), path)
 
-    def train(self, *args: Any, **kwargs: Any):
-        output = super().train(*args, **kwargs)
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        self._positions = {}
+        self._padding.zero_()
+        if self.stream is not None and resume_from_checkpoint:
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+            self._load_positions(resume_from_checkpoint)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
         self.write_set_aside()
         return output
 
@@ -248,6 +322,9 @@ class SpeechLLMTrainer(Trainer):
                 if weight:
                     logs[name] = round(value / weight, 6)
             self._terms.clear()
+        if "train_loss" in logs:  # the summary at the end
+            share, batches = self.accelerator.gather(self._padding[None]).sum(0).tolist()
+            logs["padding_share"] = round(share / max(batches, 1), 6)
         super().log(logs, start_time)
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
@@ -262,6 +339,31 @@ class SpeechLLMTrainer(Trainer):
         self.processing_class.save_pretrained(folder)
         values = {name: str(value) for name, value in asdict(self.args).items() if not name.endswith("_token")}
         (folder / "training_args.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+        self.save_summary(folder)
+
+    def _positions_file(self, folder: str | Path) -> Path:
+        return Path(folder) / f"stream_{self.args.process_index}.pt"
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.stream is not None:  # each process has its own, as with the states of the generators
+            state = {"readers": asdict(self._stream_readers()), "positions": self._positions}
+            torch.save(state, self._positions_file(output_dir))
+
+    def _load_positions(self, folder: str | Path) -> None:
+        path = self._positions_file(folder)
+        if not path.is_file():
+            raise CheckpointError(
+                f"{folder} does not say where the stream was ({path.name} is missing): it was saved by a run without a "
+                "stream, or on fewer processes. Resume as it was started, or start anew with its weights as --model."
+            )
+        state = torch.load(path, weights_only=True)
+        if state["readers"] != asdict(self._stream_readers()):
+            raise CheckpointError(
+                f"{folder} is from a run with {state['readers']['processes']} process(es) of "
+                f"{state['readers']['workers']} data worker(s), each with its share of the stream. Resume with as many."
+            )
+        self._positions = state["positions"]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -282,3 +384,18 @@ class SpeechLLMTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _check_stream_settings(args: SpeechLLMTrainingArguments) -> None:
+    """
+    Raises:
+        ValueError: if the settings need what nobody knows of a stream.
+    """
+    if args.max_steps <= 0:
+        raise ValueError("The training data is a stream, which has no end; say how long to train: max_steps.")
+    for name in ("feature_cache", "text_state_cache"):
+        if getattr(args, name, None):
+            raise ValueError(
+                f"{name} needs all the training data before training starts, and a stream never has it. Leave it out, "
+                "or give the data as a manifest."
+            )

@@ -52,6 +52,7 @@ class FineTuningTrainer(SpeechLLMTrainer):
     """
 
     args: FineTuningArguments
+    keys_differ_between_processes = False  # one answer is no negative of another
 
     def __init__(self, model, args: FineTuningArguments, *positional: Any, **kwargs: Any):
         if args.lora_rank and not getattr(model, "_hf_peft_config_loaded", False):

@@ -1,0 +1,228 @@
+"""Batches of a stream: each row once a pass, no key twice in a global batch, and exact resumption, on any readers."""
+
+import json
+from collections import Counter
+from itertools import chain
+
+import datasets
+import pytest
+import soundfile
+import torch
+from tiny import tiny_config, tiny_processor, tone
+from torch.utils.data import DataLoader
+
+from speechllm.data.items import AlignmentItems
+from speechllm.data.schema import ManifestError, load_rows, load_stream, undecoded
+from speechllm.data.streaming import StreamBatches, StreamReaders
+
+
+ROWS = 48
+SECONDS = [0.1 + 0.02 * (i % 7) for i in range(ROWS)]
+PROCESSOR = tiny_processor(tiny_config("hubert-layer"))
+
+
+def row(i, texts=ROWS):
+    return {"id": f"row {i}", "audio": tone(SECONDS[i], seed=i), "text": f"text {i % texts}", "duration": SECONDS[i]}
+
+
+def generated(shards, texts):
+    for shard in shards:
+        for i in range(shard, ROWS, 8):
+            yield row(i, texts)
+
+
+def from_generator(texts=ROWS):
+    return datasets.IterableDataset.from_generator(generated, gen_kwargs={"shards": list(range(8)), "texts": texts})
+
+
+def problem(row):
+    return None if row.get("text") else f"{row['id']} has no text"
+
+
+def key(row):
+    return row["text"]
+
+
+def reader(stream, process=0, processes=1, workers=1, **options):
+    options = {"batch_size": 4, "buffer": 10, "window": 2, "seed": 3, **options}
+    items = AlignmentItems([], PROCESSOR, prefix=[])
+    return StreamBatches(
+        stream, items, problem=problem, key=key, readers=StreamReaders(process, processes, workers), **options
+    )
+
+
+def texts_of(batch):
+    """The texts of a batch's rows."""
+    ids = batch["text_input_ids"]
+    return [PROCESSOR.tokenizer.decode(i[m.bool()]) for i, m in zip(ids, batch["text_attention_mask"])]
+
+
+def take(batches, count, first=0):
+    """As a `DataLoader` without workers does, but for the positions: those of all batches so far, merged."""
+    taken = []
+    for number in range(first, first + count):
+        batch = batches[number]
+        worker, changes = batch.pop("position")
+        batches.positions[worker] = {**batches.positions.get(worker, {}), **changes}
+        taken.append(texts_of(batch))
+    return taken
+
+
+@pytest.fixture(params=["generator", "jsonl", "parquet", "one file"])
+def stream(request, tmp_path):
+    if request.param == "generator":
+        return from_generator()
+    rows = [{**row(i), "audio": f"{i}.wav"} for i in range(ROWS)]
+    for i in range(ROWS):
+        soundfile.write(tmp_path / f"{i}.wav", row(i)["audio"], 16_000)
+    if request.param == "parquet":
+        for shard in range(8):
+            part = [
+                {**r, "audio": {"bytes": (tmp_path / r["audio"]).read_bytes(), "path": None}} for r in rows[shard::8]
+            ]
+            table = datasets.Dataset.from_list(part).cast_column("audio", datasets.Audio(sampling_rate=16_000))
+            table.to_parquet(tmp_path / f"{shard}.parquet")
+        return load_stream(str(tmp_path))
+    shards = 8 if request.param == "jsonl" else 1
+    for shard in range(shards):
+        (tmp_path / f"{shard}.jsonl").write_text("\n".join(map(json.dumps, rows[shard::shards])))
+    return load_stream(str(tmp_path))
+
+
+@pytest.mark.parametrize(("processes", "workers"), [(1, 1), (2, 1), (2, 2), (3, 1)])
+def test_each_row_is_there_once_a_pass(stream, processes, workers):
+    found = Counter()
+    for process in range(processes):
+        for worker in range(workers):
+            batches = reader(stream, process, processes, workers, batch_size=2, buffer=ROWS, apart=False)
+            for number in range(worker, ROWS, workers):
+                batch = batches[number]
+                if batch["position"][1].get("pass"):  # another pass begins
+                    break
+                found.update(texts_of(batch))
+    assert found == Counter({f"text {i}": 1 for i in range(ROWS)})
+
+
+def test_the_order_depends_on_seed_and_pass():
+    def order(seed):
+        return take(reader(from_generator(), seed=seed, batch_size=4, buffer=ROWS), 24)
+
+    assert order(0) == order(0) != order(1)
+    assert order(0)[:12] != order(0)[12:]
+    assert sorted(chain(*order(0)[:12])) == sorted(chain(*order(0)[12:]))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_no_key_is_twice_in_a_global_batch(processes):
+    stream = from_generator(texts=30)
+    shares = [take(reader(stream, process, processes, batch_size=2, buffer=24), 12) for process in range(processes)]
+    for parts in zip(*shares):
+        assert len(set(chain(*parts))) == 2 * processes
+
+
+def test_similar_lengths_share_a_batch():
+    def padding(window):
+        batches = reader(from_generator(), batch_size=4, buffer=ROWS, window=window)
+        masks = [batches[n]["attention_mask"].float() for n in range(12)]
+        return 1 - sum(m.sum() for m in masks) / sum(m.numel() for m in masks)
+
+    assert padding(12) < 0.6 * padding(0)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5, 12, 13, 20])
+def test_a_resumed_reader_goes_on_exactly(stream, stop, tmp_path):
+    whole = take(reader(stream), 26)
+    first = reader(stream)
+    assert take(first, stop) == whole[:stop]
+    second = reader(stream)
+    torch.save(first.positions, tmp_path / "positions.pt")
+    second.positions = torch.load(tmp_path / "positions.pt", weights_only=True)
+    assert take(second, 26 - stop, first=stop) == whole[stop:]
+
+
+def test_a_resumed_reader_goes_on_exactly_on_two_processes():
+    stream = from_generator(texts=20)
+    for process in range(2):
+        options = dict(process=process, processes=2, batch_size=3, buffer=20)
+        whole = take(reader(stream, **options), 20)
+        for stop in (2, 7):
+            first = reader(stream, **options)
+            take(first, stop)
+            second = reader(stream, **options)
+            second.positions = first.positions
+            assert take(second, 20 - stop, first=stop) == whole[stop:]
+
+
+def test_bad_rows_in_mid_stream_are_set_aside():
+    def rows():
+        for i in range(24):
+            bad = {3: {"text": None}, 9: {"audio": b"noise"}, 10: {"audio": None}}.get(i, {})
+            yield {**row(i), **bad}
+
+    batches = reader(datasets.IterableDataset.from_generator(rows), buffer=6, batch_size=3)
+    aside = {item.id: item.reason for n in range(7) for item in batches[n]["set_aside"]}
+    assert aside.keys() == {"row 3", "row 9", "row 10"}
+    assert "no text" in aside["row 3"] and "no `audio`" in aside["row 10"]
+
+
+def test_a_stream_that_makes_no_batch_says_why():
+    with pytest.raises(ValueError, match=r"no batch of 4 different transcripts: its transcripts repeat"):
+        reader(from_generator(texts=3))[0]
+
+    def broken():
+        for i in range(8):
+            yield {"id": str(i), "audio": b"noise", "text": f"text {i}"}
+
+    with pytest.raises(ValueError, match="no batch of 4 .* is not audio"):
+        reader(datasets.IterableDataset.from_generator(broken))[0]
+
+
+def test_workers_of_a_loader_read_the_same_batches():
+    stream = from_generator()
+
+    def epoch(workers, skip=0):
+        loader = DataLoader(
+            reader(stream, workers=2),
+            sampler=range(skip, 10),
+            batch_size=1,
+            collate_fn=lambda batches: batches[0],
+            num_workers=workers,
+        )
+        return [texts_of(batch) for batch in loader]
+
+    readers = [reader(stream, workers=2) for _ in range(2)]
+    assert epoch(2) == [texts_of(readers[n % 2][n]) for n in range(10)]
+
+
+def test_audio_stays_undecoded():
+    table = datasets.Dataset.from_list([{"audio": {"bytes": b"x", "path": "a.wav"}, "text": "a"}])
+    table = table.cast_column("audio", datasets.Audio(sampling_rate=16_000))
+    for rows in (table, table.to_iterable_dataset()):
+        assert next(iter(undecoded(rows)))["audio"]["bytes"] == b"x"
+    assert undecoded([1]) == [1]
+
+
+def test_columns_are_renamed(tmp_path):
+    lines = [{"path": "a.wav", "sentence": "hello", "text": "other", "duration": 1.0}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    columns = {"audio": "path", "text": "sentence"}
+    expected = {"audio": str(tmp_path / "a.wav"), "text": "hello", "duration": 1.0}
+    assert list(load_stream(str(tmp_path), columns)) == [expected]
+    assert load_rows(tmp_path / "a.jsonl", columns) == [{**expected, "id": expected["audio"]}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "hello", "must be, or hold, .parquet"),
+        ("a.jsonl", '{"text": "a"}', "no column `audio`, but 'text'"),
+        ("a.jsonl", "", "a.jsonl"),
+        ("a.parquet", "this is no Parquet", "a.parquet cannot be read"),
+        (None, None, "is no file or folder here"),
+    ],
+)
+def test_what_is_wrong_with_a_source(tmp_path, name, content, message):
+    if name:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ManifestError, match=message):
+        load_stream(str(tmp_path / name) if name else "nobody/nothing")
