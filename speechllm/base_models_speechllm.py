@@ -5,6 +5,7 @@ a commit, or a fingerprint of a folder's weights. Loading goes through Transform
 fusing that a base model needs happens, and raises a `CheckpointError` if a weight is missing or is not the pinned one.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AddedToken, AutoModel, AutoModelForCausalLM, GenerationConfig
 from transformers.models.whisper.modeling_whisper import WhisperModel
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .configuration_speechllm import AUDIO_TOKEN, SpeechLLMConfig
@@ -48,6 +50,20 @@ def add_audio_token(tokenizer) -> int:
     """Give the tokenizer the audio placeholder, behind all of its own tokens, and return its id."""
     tokenizer.add_tokens([AddedToken(AUDIO_TOKEN, special=True, normalized=False)], special_tokens=True)
     return tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
+
+
+def keep_unquantized(quantization_config: Any) -> Any:
+    """A quantization configuration (or its dict) that leaves the speech encoder, the projector and the LM head as they
+    are: they are small, and the encoder's frames and the projector's weights are what the model was trained on."""
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+    quantization_config = copy.deepcopy(quantization_config)
+    name = "modules_to_not_convert"
+    name = "llm_int8_skip_modules" if hasattr(quantization_config, "llm_int8_skip_modules") else name  # bitsandbytes
+    kept = getattr(quantization_config, name, None) or []
+    # Names are matched from their start: with and without a head above the headless model.
+    setattr(quantization_config, name, [*kept, r"(model\.)?(speech_encoder|projector)", "head"])
+    return quantization_config
 
 
 def pin_revision(model_id: str, revision: str | None) -> str | None:

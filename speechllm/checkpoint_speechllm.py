@@ -21,7 +21,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
-from transformers.utils import GENERATION_CONFIG_NAME, logging
+from transformers.utils import (
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    logging,
+)
 from transformers.utils.hub import cached_file
 
 from .base_models_speechllm import (
@@ -31,10 +38,12 @@ from .base_models_speechllm import (
     base_weights,
     copy_generation_config,
     explained,
+    keep_unquantized,
     pin_revision,
     refuse_incomplete,
 )
 from .configuration_speechllm import SpeechLLMConfig, SpeechLLMProjectorConfig
+from .pushing_speechllm import OPTIONAL, SpeechLLMPushMixin
 
 
 PROJECTOR_WEIGHTS = "projector.safetensors"
@@ -47,15 +56,18 @@ HUB_FILES = (
     "configuration_speechllm.py",
     "encoder_speechllm.py",
     "generation_speechllm.py",
+    "handler.py",
     "language_speechllm.py",
     "modeling_speechllm.py",
+    "pipeline_speechllm.py",
     "processing_speechllm.py",
     "projector_speechllm.py",
+    "pushing_speechllm.py",
 )
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
-class SpeechLLMCheckpointMixin:
+class SpeechLLMCheckpointMixin(SpeechLLMPushMixin):
     """`from_pretrained`, `from_speech_text_pretrained` and `save_pretrained` of the SpeechLLM classes."""
 
     is_self_contained = False  # loaded from a full checkpoint, whose base models may be nowhere near
@@ -141,12 +153,13 @@ class SpeechLLMCheckpointMixin:
                 config, kwargs = cls.config_class.from_pretrained(
                     config or path, return_unused_kwargs=True, **{**kwargs, **hub}
                 )
-        # Files of optional parts: absent ones are None.
-        find = {**hub, "_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+        find = {**hub, **OPTIONAL}
         weights = cached_file(path, PROJECTOR_WEIGHTS, **find)
         rest = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS}
         if dtype is not None:
             rest["dtype"] = dtype
+        if rest.get("quantization_config") is not None:
+            rest["quantization_config"] = keep_unquantized(rest["quantization_config"])
         if weights is not None:
             with explained(f"the trained weights {weights}", remedy="Download or train them again."):
                 trained = load_file(weights)
@@ -154,12 +167,14 @@ class SpeechLLMCheckpointMixin:
             if model.can_generate() and cached_file(path, GENERATION_CONFIG_NAME, **find) is not None:
                 model.generation_config = GenerationConfig.from_pretrained(path, **hub)
         else:
+            refuse_pickled(path, **hub)
             with explained(f"the checkpoint {path}", remedy="Download or save it again."):
                 model, info = super().from_pretrained(path, *args, config=config, **{**rest, **hub, **LOADING})
             refuse_incomplete(info, f"The checkpoint {path}")
             model.freeze()  # loading makes every parameter trainable
             model.is_self_contained = True
         model.name_or_path = str(path)
+        model.loaded_from = {name: hub[name] for name in ("revision", "subfolder") if name in hub}
         subfolder = "/".join(filter(None, [hub.pop("subfolder", ""), ADAPTER_FOLDER]))
         if (adapter := cached_file(path, ADAPTER_CONFIG, **{**find, "subfolder": subfolder})) is not None:
             cached_file(path, ADAPTER_WEIGHTS, subfolder=subfolder, **hub)
@@ -189,6 +204,7 @@ class SpeechLLMCheckpointMixin:
             info["missing_keys"] = {key for key in info["missing_keys"] if "projector." not in key}
             model.base_model.projector.float()  # `_keep_in_fp32_modules_strict` is for weights that are loaded
         refuse_incomplete(info, "The merge of base models and trained weights")
+        model.name_or_path = ""  # Transformers writes "None"
         model.freeze()  # loading makes every parameter trainable
         return (model, info) if output_loading_info else model
 
@@ -238,6 +254,7 @@ class SpeechLLMCheckpointMixin:
                 self.config.dtype = str(self._frozen_dtype()).split(".")[-1]
                 self.config.architectures = [type(self).__name__]
                 self.config.save_pretrained(folder)
+                _edit_config(folder / "config.json", quantization_config=None)  # that was for loading only
                 if self.can_generate():
                     self.generation_config.save_pretrained(folder)
             else:
@@ -246,21 +263,17 @@ class SpeechLLMCheckpointMixin:
                     super().save_pretrained(folder, state_dict=state, **kwargs)
                 finally:
                     self._hf_peft_config_loaded = has_adapter
-                _set_dtype(folder / "config.json", self._frozen_dtype())
+                # `PreTrainedModel.dtype` is that of the first parameter, which may be the projector's float32.
+                _edit_config(folder / "config.json", dtype=str(self._frozen_dtype()).split(".")[-1])
             if adapter is not None:
                 adapter_config, adapter_state = adapter
                 adapter_config.save_pretrained(folder / ADAPTER_FOLDER)
                 save_file(adapter_state, folder / ADAPTER_FOLDER / ADAPTER_WEIGHTS, metadata={"format": "pt"})
             copy_hub_files(folder)
         if push_to_hub:
-            self._upload(save_directory, **kwargs)
-
-    def _upload(self, folder, repo_id=None, commit_message=None, private=None, token=None, **kwargs) -> None:
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id or Path(folder).name, private=private, exist_ok=True).repo_id
-        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message or "Upload SpeechLLM")
+            names = ("commit_message", "max_shard_size", "private", "revision", "token")
+            options = {name: kwargs[name] for name in names if name in kwargs}
+            self.push_to_hub(kwargs.get("repo_id") or Path(save_directory).resolve().name, kind=kind, **options)
 
     def load_trained_weights(self, folder: str | os.PathLike) -> None:
         """Load the trained weights (projector, adapter) of a projector-only checkpoint into this model.
@@ -381,17 +394,40 @@ def replaced_folder(folder: str | os.PathLike):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def refuse_pickled(path: str | os.PathLike, **hub: Any) -> None:
+    """Raise if a checkpoint's weights are pickled (`.bin`) only: opening such a file can run any code.
+
+    Raises:
+        CheckpointError: which says how to convert them.
+    """
+
+    def first(*names: str) -> str | None:
+        return next((name for name in names if cached_file(path, name, **{**hub, **OPTIONAL}) is not None), None)
+
+    if not first(SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME) and (found := first(WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+        raise CheckpointError(
+            f"Cannot load the checkpoint {path}: its weights ({found}) are pickled, and opening them can run any code; only "
+            "safetensors are read. If you trust their origin, convert each .bin file once: safetensors.torch.save_file("
+            f"torch.load('{WEIGHTS_NAME}', weights_only=True), '{SAFE_WEIGHTS_NAME}', metadata={{'format': 'pt'}})"
+        )
+
+
 def copy_hub_files(folder: str | os.PathLike) -> None:
     """Put the code that loads a checkpoint beside it, for `trust_remote_code=True`."""
     # Where this code itself came from a checkpoint, Transformers fetched the files that it saw imported, so all must be.
+    from .handler import EndpointHandler  # noqa: F401
     from .modeling_speechllm import SpeechLLMModel  # noqa: F401
+    from .pipeline_speechllm import SpeechLLMPipeline  # noqa: F401
     from .processing_speechllm import SpeechLLMProcessor  # noqa: F401
 
     for name in HUB_FILES:
         shutil.copyfile(Path(__file__).with_name(name), Path(folder) / name)
 
 
-def _set_dtype(path: Path, dtype: torch.dtype) -> None:
-    """`PreTrainedModel.dtype` is that of the first parameter, which may be the projector's float32."""
-    values = json.loads(path.read_text())
-    path.write_text(json.dumps({**values, "dtype": str(dtype).split(".")[-1]}, indent=2, sort_keys=True) + "\n")
+def _edit_config(path: Path, **values: Any) -> None:
+    """Set entries of a saved configuration, or remove those that are `None`."""
+    config = {**json.loads(path.read_text()), **values}
+    for name, value in values.items():
+        if value is None:
+            config.pop(name)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -22,7 +22,8 @@ assert str(pathlib.Path(speechllm.__file__)).startswith(str(pathlib.Path.cwd()))
 for module in pkgutil.walk_packages(speechllm.__path__, "speechllm."):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
-assert (pathlib.Path(speechllm.__file__).parent / "quickstart/report.html.jinja").is_file(), "package data is missing"
+for name in ("quickstart/report.html.jinja", "hub/model_card.md"):
+    assert (pathlib.Path(speechllm.__file__).parent / name).is_file(), f"package data is missing: {name}"
 print("wheel ok:", speechllm.__version__)
 PYTHON
 PYTHONPATH="$site" "$room/env/bin/speechllm" --version
