@@ -6,6 +6,7 @@ recogniser could make sense of raises an `AudioError`, so that training can set 
 """
 
 import io
+import itertools
 import math
 import os
 from pathlib import Path
@@ -29,6 +30,7 @@ from .configuration_speechllm import SAMPLING_RATE
 
 LOWEST_RATE, HIGHEST_RATE = 4_000, 384_000  # Hz
 SHORTEST = 400  # samples at 16 kHz, 25 ms: one frame of Whisper or of the wav2vec 2.0 family
+BLOCK = 1 << 20  # samples per channel decoded at a time
 LARGEST_SAMPLE = 16.0  # of float audio; files go a little beyond 1, integers in disguise far beyond
 LARGEST_CLIPPED_FRACTION = 0.3  # of the samples at the peak value; loud but usable recordings stay below a few percent
 SILENCE = 1e-5  # largest difference between samples of a silent recording (-100 dBFS)
@@ -40,8 +42,16 @@ class AudioError(ValueError):
     """Audio that cannot be used; the message names the item, the cause and the remedy."""
 
 
+class AudioTooLongError(AudioError):
+    """Audio beyond the caller's limit."""
+
+
 def load_audio(
-    source: AudioSource, sampling_rate: int | None = None, name: str | None = None, shortest: int = SHORTEST
+    source: AudioSource,
+    sampling_rate: int | None = None,
+    name: str | None = None,
+    shortest: int = SHORTEST,
+    max_seconds: float | None = None,
 ) -> np.ndarray:
     """Decode, check, mix down and resample.
 
@@ -51,6 +61,8 @@ def load_audio(
         sampling_rate: of samples, in Hz; 16,000 if not given. A file knows its own.
         name: what error messages call this item; default: the path or the kind of source.
         shortest: samples at 16 kHz that there must be at least.
+        max_seconds: longest audio to accept. A file is decoded no further than that, whatever its header claims and
+            however well it compresses, so time and memory are bounded; give it for audio from strangers.
 
     Returns:
         (samples,) float32 at 16 kHz.
@@ -58,21 +70,22 @@ def load_audio(
     Raises:
         AudioError: if the source is missing, empty, not audio, truncated, too short, silent, clipped beyond use, of
             more than two channels or of an impossible sampling rate, or has samples that are not finite.
+        AudioTooLongError: if it is longer than `max_seconds`.
     """
     if isinstance(source, dict):
         name = name or source.get("path")
         if source.get("array") is not None:
-            return load_audio(source["array"], source.get("sampling_rate", sampling_rate), name, shortest)
+            return load_audio(source["array"], source.get("sampling_rate", sampling_rate), name, shortest, max_seconds)
         inner = source.get("bytes") or source.get("path")
         if not inner:
             raise AudioError(f"{name or 'The audio'} is a dict without `array`, `bytes` or `path`. Give one of them.")
-        return load_audio(inner, sampling_rate, name, shortest)
+        return load_audio(inner, sampling_rate, name, shortest, max_seconds)
     if isinstance(source, str | os.PathLike):
         name = str(source) if name in (None, str(source)) else f"{name} ({source})"
-        samples, rate = _decode(_read(source, name), name)
+        samples, rate = _decode(_read(source, name), name, max_seconds)
     elif isinstance(source, bytes | bytearray | memoryview):
         name = name or "the audio bytes"
-        samples, rate = _decode(bytes(source), name)
+        samples, rate = _decode(bytes(source), name, max_seconds)
     elif isinstance(source, np.ndarray | torch.Tensor | list | tuple):
         name = name or "the audio array"
         samples, rate = _as_samples(source, name), SAMPLING_RATE if sampling_rate is None else sampling_rate
@@ -80,7 +93,24 @@ def load_audio(
         raise AudioError(
             f"{name or 'The audio'} is a {type(source).__name__}. Give a path, bytes, a NumPy array or a torch tensor."
         )
-    return _resampled(_checked(_mono(samples, name), rate, name, shortest), rate, name)
+    return _resampled(_checked(_mono(samples, name), rate, name, shortest, max_seconds), rate, name)
+
+
+def cut_at_pauses(samples: np.ndarray, max_seconds: float) -> list[tuple[int, int]]:
+    """(samples,) at 16 kHz -> the (start, end) of pieces of at most `max_seconds`, each cut at the quietest tenth of a
+    second in the last third before the limit, so that words stay whole."""
+    limit, frame = round(max_seconds * SAMPLING_RATE), SAMPLING_RATE // 10
+    if limit < 3 * frame:
+        raise ValueError(f"Pieces of {max_seconds} seconds are too short; use at least 0.3.")
+    cuts = [0]
+    while len(samples) - cuts[-1] > limit:
+        first, last = cuts[-1] + limit * 2 // 3, cuts[-1] + limit
+        # The rest must not be too short to be heard.
+        last = min(last, max(first + frame, len(samples) - SHORTEST * 4))
+        count = (last - first) // frame
+        energy = np.square(samples[first : first + count * frame].reshape(count, frame)).sum(axis=1)
+        cuts.append(first + int(energy.argmin()) * frame + frame // 2)
+    return list(itertools.pairwise([*cuts, len(samples)]))
 
 
 def _read(path: str | os.PathLike, name: str) -> bytes:
@@ -94,7 +124,7 @@ def _read(path: str | os.PathLike, name: str) -> bytes:
         raise AudioError(f"{name} cannot be read: {error.strerror}. Check the path and its permissions.") from None
 
 
-def _decode(data: bytes, name: str) -> tuple[np.ndarray, int]:
+def _decode(data: bytes, name: str, max_seconds: float | None) -> tuple[np.ndarray, int]:
     """Bytes of an audio file -> samples (time, channels), sampling rate."""
     if soundfile is None:
         raise AudioError(f"{name} cannot be decoded: the package soundfile is missing. Run `pip install soundfile`.")
@@ -110,15 +140,26 @@ def _decode(data: bytes, name: str) -> tuple[np.ndarray, int]:
             )
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
-            samples = file.read(dtype="float32", always_2d=True)
             rate, declared = file.samplerate, file.frames
+            _check_rate(rate, name)
+            _check_channels(file.channels, name)
+            limit = math.inf if max_seconds is None else int(max_seconds * rate)
+            blocks, count = [], 0
+            while count <= limit:  # a header may claim any length: memory is taken for what is there, not for that
+                blocks.append(file.read(BLOCK, dtype="float32", always_2d=True))
+                count += len(blocks[-1])
+                if len(blocks[-1]) < BLOCK:
+                    break
+            samples = np.concatenate(blocks)
+    except AudioError:
+        raise
     except (soundfile.SoundFileError, RuntimeError, ValueError, MemoryError) as error:
         reason = str(error).removeprefix("Error opening ").split(": ", 1)[-1].rstrip(".")
         raise AudioError(
             f"{name} is not audio that can be decoded ({reason}). Convert it to WAV, FLAC, Ogg or MP3, or download it "
             "again if it was truncated."
         ) from None
-    if 0 < declared < 2**62 and len(samples) < declared:
+    if 0 < declared < 2**62 and len(samples) < declared and len(samples) <= limit:
         raise AudioError(
             f"{name} is truncated: {len(samples):,} of {declared:,} samples could be decoded. Download it again."
         )
@@ -149,22 +190,32 @@ def _mono(samples: np.ndarray, name: str) -> np.ndarray:
         return samples
     if samples.shape[0] < samples.shape[1]:
         samples = samples.T
-    if samples.shape[1] > 2:
-        raise AudioError(
-            f"{name} has {samples.shape[1]} channels. Choose one or mix them down to mono or stereo first."
-        )
+    _check_channels(samples.shape[1], name)
     return samples.mean(axis=1)
 
 
-def _checked(samples: np.ndarray, rate: float, name: str, shortest: int) -> np.ndarray:
-    """Refuse what no recogniser could make sense of. (Before resampling, which would blur a clipped signal's peaks.)"""
+def _check_channels(channels: int, name: str) -> None:
+    if channels > 2:
+        raise AudioError(f"{name} has {channels} channels. Choose one or mix them down to mono or stereo first.")
+
+
+def _check_rate(rate: float, name: str) -> None:
     if not isinstance(rate, int | float | np.number) or not LOWEST_RATE <= rate <= HIGHEST_RATE:
         shown = f"{rate:,} Hz" if isinstance(rate, int | float | np.number) else repr(rate)
         raise AudioError(
             f"{name} has a sampling rate of {shown}; {LOWEST_RATE:,} to {HIGHEST_RATE:,} Hz are possible for speech. "
             "Correct the rate (or the file's header)."
         )
+
+
+def _checked(
+    samples: np.ndarray, rate: float, name: str, shortest: int, max_seconds: float | None = None
+) -> np.ndarray:
+    """Refuse what no recogniser could make sense of. (Before resampling, which would blur a clipped signal's peaks.)"""
+    _check_rate(rate, name)
     seconds = len(samples) / rate
+    if max_seconds is not None and seconds > max_seconds:
+        raise AudioTooLongError(f"{name} is longer than {max_seconds:g} seconds, the limit here. Cut it into parts.")
     if seconds < shortest / SAMPLING_RATE:
         raise AudioError(
             f"{name} is too short: {seconds * 1000:.1f} ms, and the encoder needs at least "
@@ -197,11 +248,11 @@ def _resampled(samples: np.ndarray, rate: float, name: str) -> np.ndarray:
     if resample is None:
         raise AudioError(f"{name} is at {rate:,} Hz and torchaudio, which resamples, is missing: install torchaudio.")
     rate = round(rate)
-    if (
-        math.gcd(rate, SAMPLING_RATE) < 10
-    ):  # such a rate would need a filter of gigabytes; 5 Hz more or less are inaudible
-        rate = round(rate, -1)
+    # Odd rates would need filters of gigabytes; 5 Hz more or less, or 50 from 40 kHz up, are inaudible.
+    step = 100 if rate >= 40_000 else 10
+    if math.gcd(rate, SAMPLING_RATE) < step:
+        rate = round(rate / step) * step
     return resample(torch.from_numpy(np.ascontiguousarray(samples)), rate, SAMPLING_RATE).numpy()
 
 
-__all__ = ["AudioError", "load_audio"]
+__all__ = ["AudioError", "AudioTooLongError", "cut_at_pauses", "load_audio"]

@@ -7,6 +7,7 @@ The arithmetic from samples to speech tokens lives here too (`SpeechTokenRule`),
 one placeholder per speech token into the prompt) and the model (which fills them) must agree on it to the token.
 """
 
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any, ClassVar
@@ -35,6 +36,7 @@ AUTO_MAP = {
     "AutoModelForMultimodalLM": "modeling_speechllm.SpeechLLMForConditionalGeneration",
     "AutoProcessor": "processing_speechllm.SpeechLLMProcessor",
 }
+CUSTOM_PIPELINES = {"audio-text-to-text": {"impl": "pipeline_speechllm.SpeechLLMPipeline", "pt": ["AutoModel"]}}
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,7 @@ class SpeechLLMConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         # Every published config says where its code lies, whoever saved it last (loading from the Hub rewrites it).
-        return {**super().to_dict(), "auto_map": dict(AUTO_MAP)}
+        return {**super().to_dict(), "auto_map": dict(AUTO_MAP), "custom_pipelines": deepcopy(CUSTOM_PIPELINES)}
 
 
 def _sub_config(value: dict | PreTrainedConfig | None, name: str, default: str) -> PreTrainedConfig:

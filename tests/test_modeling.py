@@ -266,7 +266,7 @@ def run(minutes):
         tokens = model.get_audio_features(**given).pooler_output
     return memory("VmHWM") - before, len(tokens)
 run(1)  # warm up
-minute, tokens = run(1)
+minute, tokens = max(run(1) for _ in range(3))  # memory that is not given back yet hides a part
 hour, many = run(60)
 assert many == 60 * tokens, (many, tokens)
 print(minute, hour)

@@ -1,0 +1,198 @@
+"""A pipeline for plain use, audio in and text out, that travels with every checkpoint.
+
+    from transformers import pipeline
+    pipe = pipeline("audio-text-to-text", model="...", trust_remote_code=True)
+    pipe("talk.wav", prompt="Summarise the talk.")["text"]
+
+1. Audio is decoded; with `chunk_length_s`, long audio is cut at pauses into chunks of at most that length.
+2. Chunks are answered in batches of `batch_size`, over all audios of the call.
+3. The answers to an audio's chunks are joined.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Pipeline
+from transformers.utils import logging
+
+from .audio_speechllm import SHORTEST, AudioSource, cut_at_pauses, load_audio
+from .configuration_speechllm import SAMPLING_RATE
+
+
+PROMPT = "Transcribe the speech."
+
+
+class SpeechLLMPipeline(Pipeline):
+    """`pipeline("audio-text-to-text", model=..., trust_remote_code=True)`.
+
+    Every option of `__call__` can be given to `pipeline(...)` too, as the default of all calls.
+    """
+
+    _load_processor = True
+    _load_tokenizer = _load_feature_extractor = _load_image_processor = _load_video_processor = False
+
+    def __call__(self, inputs: AudioSource | dict[str, Any] | Iterable, **options: Any):
+        """Answer one audio or several.
+
+        Args:
+            inputs: a path, bytes of an audio file, an array or tensor of samples, or a dict with `audio` (or with
+                `array` and `sampling_rate`, `bytes` or `path`) and perhaps its own `prompt`; or a list of these, or a
+                generator or data set, which is read as answers are asked for.
+            prompt: the instruction beside the audio; default: transcribe.
+            sampling_rate: of arrays and tensors, in Hz; default 16,000.
+            chunk_length_s: answer longer audio in chunks of at most this many seconds. Right for transcribing
+                or translating, wrong where the answer depends on the whole, which the default, one chunk, keeps.
+            max_audio_s: refuse longer audio; give it for audio from strangers.
+            batch_size: chunks answered at once; default 1.
+            progress: `True` for a progress bar, or a function called with (seconds done, seconds known of).
+            generate_kwargs: for `generate`, which can also be given directly, such as `max_new_tokens` (default 256).
+
+        Returns:
+            `{"text": ...}`, with `chunks`, a list of `{"timestamp": (start, end) in seconds, "text": ...}`, if
+            `chunk_length_s` is given; a list of these for a list, an iterator for a generator or data set.
+
+        Raises:
+            AudioError: if an audio cannot be used.
+            ValueError: if audio and prompt exceed the LLM's context.
+        """
+        _, forward, rest = self._sanitize_parameters(**options)
+        rest = {**self._postprocess_params, **rest}
+        forward = {**self._forward_params, **forward}
+        batch_size = rest.pop("batch_size", None) or self._batch_size or 1
+        progress = rest.pop("progress", False)
+        if not _is_several(inputs):
+            return next(self._answers([inputs], batch_size, progress, forward, **rest))
+        answers = self._answers(inputs, batch_size, progress, forward, **rest)
+        return list(answers) if isinstance(inputs, list | tuple) else answers
+
+    def load(
+        self, audio: AudioSource, sampling_rate: int | None = None, max_audio_s: float | None = None
+    ) -> np.ndarray:
+        """One audio -> (samples,) float32 at 16 kHz, checked, at least as long as the encoder needs. See `load_audio`."""
+        shortest = max(SHORTEST, self.processor.rule.shortest)
+        return load_audio(audio, sampling_rate, shortest=shortest, max_seconds=max_audio_s)
+
+    def _answers(self, inputs, batch_size, progress, forward, **options) -> Iterator[dict[str, Any]]:
+        """The answers in the inputs' order, each as soon as all of its chunks have been answered."""
+        audios: list[dict] = []  # not answered in full yet, first come first served
+        waiting: list[tuple[dict, dict]] = []  # (audio, chunk)
+        with _Progress(progress) as done:
+            source, more = iter(inputs), True
+            while more or audios:
+                while more and len(waiting) < batch_size:
+                    try:
+                        item = next(source)
+                    except StopIteration:
+                        more = False
+                        break
+                    audio = self._chunked(item, **options)
+                    done.expect(len(audio["samples"]) / SAMPLING_RATE)
+                    audios.append(audio)
+                    waiting += [(audio, chunk) for chunk in audio["chunks"]]
+                batch, waiting = waiting[:batch_size], waiting[batch_size:]
+                pieces = [(audio["samples"][slice(*chunk["span"])], audio["prompt"]) for audio, chunk in batch]
+                texts = self.postprocess(self.forward(self.preprocess(pieces), **forward)) if pieces else []
+                for (_, chunk), text in zip(batch, texts):
+                    chunk["text"] = text
+                    done.add((chunk["span"][1] - chunk["span"][0]) / SAMPLING_RATE)
+                while audios and "text" in audios[0]["chunks"][-1]:
+                    yield self._joined(audios.pop(0), options.get("chunk_length_s"))
+
+    def _chunked(self, item, prompt=PROMPT, sampling_rate=None, chunk_length_s=None, max_audio_s=None) -> dict:
+        if isinstance(item, dict):
+            item = dict(item)
+            prompt = item.pop("prompt", None) or prompt
+            sampling_rate = item.get("sampling_rate", sampling_rate)
+            item = item.get("audio", item)
+        samples = self.load(item, sampling_rate, max_audio_s)
+        spans = cut_at_pauses(samples, chunk_length_s) if chunk_length_s else [(0, len(samples))]
+        return {"samples": samples, "prompt": prompt, "chunks": [{"span": span} for span in spans]}
+
+    def _joined(self, audio: dict, chunk_length_s: float | None) -> dict[str, Any]:
+        answer = {"text": " ".join(chunk["text"] for chunk in audio["chunks"] if chunk["text"])}
+        if chunk_length_s:
+            answer["chunks"] = [
+                {"timestamp": tuple(i / SAMPLING_RATE for i in chunk["span"]), "text": chunk["text"]}
+                for chunk in audio["chunks"]
+            ]
+        return answer
+
+    # ---- what `Pipeline` asks for ------------------------------------------------------------------------------------
+
+    def _sanitize_parameters(self, generate_kwargs: dict[str, Any] | None = None, **options: Any):
+        names = ("prompt", "sampling_rate", "chunk_length_s", "max_audio_s", "batch_size", "progress")
+        own = {name: options.pop(name) for name in names if options.get(name) is not None}
+        options = {name: value for name, value in options.items() if name not in names and name != "num_workers"}
+        return {}, {**(generate_kwargs or {}), **options}, own
+
+    def preprocess(self, pieces: list[tuple[np.ndarray, str]]) -> dict[str, Any]:
+        """[(samples at 16 kHz, prompt)] -> model inputs."""
+        chats = [
+            [{"role": "user", "content": [{"type": "audio", "audio": samples}, {"type": "text", "text": prompt}]}]
+            for samples, prompt in pieces
+        ]
+        inputs = self.processor.apply_chat_template(
+            chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        if inputs["input_ids"].shape[1] >= context:
+            seconds = max(len(samples) for samples, _ in pieces) / SAMPLING_RATE
+            raise ValueError(
+                f"Audio of {seconds:.0f} seconds and its prompt take {inputs['input_ids'].shape[1]:,} tokens, and the LLM "
+                f"has a context of {context:,}. Use `chunk_length_s`, e.g. 30, or cut the audio."
+            )
+        return dict(inputs)
+
+    def _forward(self, inputs: dict[str, Any], **generate_kwargs: Any) -> torch.Tensor:
+        length = inputs["input_ids"].shape[1]
+        if not {"generation_config", "max_length"} & generate_kwargs.keys():
+            generate_kwargs.setdefault("max_new_tokens", self.model.generation_config.max_new_tokens or 256)
+        return self.model.generate(**inputs, **generate_kwargs)[:, length:]
+
+    def postprocess(self, output: torch.Tensor) -> list[str]:
+        return [text.strip() for text in self.processor.tokenizer.batch_decode(output, skip_special_tokens=True)]
+
+    def save_pretrained(self, save_directory, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)  # which `Pipeline` leaves out
+
+
+class _Progress:
+    """Seconds of audio answered, to a progress bar or a function."""
+
+    def __init__(self, progress: bool | Callable[[float, float], None]):
+        self.report = progress if callable(progress) else None
+        self.bar = logging.tqdm(total=0, unit="s", unit_scale=True) if progress is True else None
+        self.done = self.known = 0.0
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def expect(self, seconds: float) -> None:
+        self.known += seconds
+        if self.bar is not None:
+            self.bar.total = self.known
+
+    def add(self, seconds: float) -> None:
+        self.done += seconds
+        if self.bar is not None:
+            self.bar.update(seconds)
+        if self.report is not None:
+            self.report(self.done, self.known)
+
+
+def _is_several(inputs: Any) -> bool:
+    if isinstance(inputs, list | tuple):
+        return not (inputs and isinstance(inputs[0], int | float))  # numbers are the samples of one audio
+    single = (str, bytes, bytearray, memoryview, dict, np.ndarray, torch.Tensor)
+    return not isinstance(inputs, single) and (isinstance(inputs, Iterable) or hasattr(inputs, "__getitem__"))
+
+
+__all__ = ["SpeechLLMPipeline"]
