@@ -316,9 +316,12 @@ class SpeechLLMTrainer(PushingTrainer):
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._terms:
-            for name, values in self._terms.items():
-                value, weight = self.accelerator.gather(torch.stack(values).sum(0)[None]).sum(0).tolist()
+        if "loss" in logs:
+            # A term may be recorded on some processes only; all of them must gather the same ones, in the same order.
+            names = gather_object(list(self._terms)) if self.args.world_size > 1 else self._terms
+            for name in sorted(set(names)):
+                total = sum(self._terms[name], torch.zeros(2, device=self.args.device))
+                value, weight = self.accelerator.gather(total[None]).sum(0).tolist()
                 if weight:
                     logs[name] = round(value / weight, 6)
             self._terms.clear()

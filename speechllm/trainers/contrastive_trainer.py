@@ -422,7 +422,7 @@ class ContrastiveTrainer(SpeechLLMTrainer):
     ) -> dict[str, float]:
         """Held-out retrieval per layer over the whole evaluation set, and the contrastive loss with all of it as one
         batch. Metrics are `<prefix>_recall@1_layer_<l>`, `..._recall@5_...`, `..._mean` over layers, and `<prefix>_loss`.
-        With further terms, `<prefix>_loss_<term>` too, and `<prefix>_loss` is the weighted sum, as in training.
+        With further terms, `<prefix>_loss_<term>` too, and `<prefix>_loss` is the weighted sum. (Layers weigh alike.)
         """
         start = time.time()
         rows, states = self.held_out_states(eval_dataset)
