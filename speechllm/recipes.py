@@ -2,11 +2,15 @@
 
 A recipe is a flat mapping from settings to values. Settings are the fields of dataclasses; unknown ones are errors with
 a suggestion, and so are values of the wrong type. Parsing itself is `HfArgumentParser`'s.
+
+`base: stage1.yaml` names a recipe, relative to the file, that this one builds on: it has the base's settings, overridden by
+its own (`null`: by the setting's default).
 """
 
 import argparse
 import difflib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -26,22 +30,34 @@ class _Parser(HfArgumentParser):
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The settings of a YAML file.
+    """The settings of a YAML file and of those that it builds on.
 
     Raises:
-        UsageError: if there is no such file, or it is not a YAML mapping.
+        UsageError: if a file is missing, is not a YAML mapping, or builds on itself; the message names the files that led
+            there.
     """
+    return {name: value for _, values in _recipe_files(path) for name, value in values.items()}
+
+
+def _recipe_files(path: str | Path, above: tuple[str, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """(name, own settings) of every file of a recipe, from the lowest base up to `path`; `above`: those built on it."""
+    chain = (*above, os.path.normpath(path))
+    name = ", base ".join(chain)
+    if chain[-1] in above:
+        raise UsageError(f"--config {name}: it builds on itself. Remove one of these `base`.")
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}. Give an existing YAML file.") from None
+        raise UsageError(f"--config {name}: {error.strerror}. Give an existing YAML file.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UsageError(f"--config {path} holds a {type(values).__name__}; it must map settings to values.")
-    return values
+        raise UsageError(f"--config {name} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict | None):
+        raise UsageError(f"--config {name} holds a {type(values).__name__}; it must map settings to values.")
+    values = values or {}
+    base = values.pop("base", None)
+    if not isinstance(base, str | None):
+        raise UsageError(f"--config {name}: `base` is {base!r}; it must be the path of one recipe.")
+    return [*(_recipe_files(Path(path).parent / base, chain) if base else []), (name, values)]
 
 
 def parse_settings(
@@ -61,11 +77,13 @@ def parse_settings(
     )
     parser.add_argument("--config", metavar="RECIPE.yaml", help="Settings from a file; options given here override it.")
     config, rest = _split_config(list(arguments))
-    recipe = read_recipe(config) if config else {}
+    files = _recipe_files(config) if config else []
+    recipe = {name: value for _, values in files for name, value in values.items()}
     known = [field.name for cls in dataclasses for field in fields(cls) if field.init]
-    for name in recipe:
-        if name not in known:
-            raise UsageError(_suggest(f"--config {config}: there is no setting `{name}`.", known, name))
+    for file, values in files:
+        for name in values:
+            if name not in known:
+                raise UsageError(_suggest(f"--config {file}: there is no setting `{name}`.", known, name))
     options = [option for action in parser._actions for option in action.option_strings]
     for name in (argument.partition("=")[0] for argument in rest):
         if name.startswith("--") and name not in options:

@@ -137,20 +137,30 @@ def asterisk_prompts(language: str = "en") -> list[dict[str, Any]]:
     return [{**row, "audio": str(folder / row["audio"])} for row in rows]
 
 
-def _build(language: str, folder: Path) -> None:
-    """Decode one language into `folder`: FLAC files and `rows.json` with paths relative to it."""
-    decode = _g722_decoder()
-    text, audio = archives(language)
+def prompt_texts(language: str) -> dict[str, str]:
+    """Prompt name -> what is spoken; of the archives, only the small one with the transcript is fetched.
+
+    Raises:
+        ValueError: no such language.
+        DownloadError: the archive cannot be fetched or read.
+    """
+    text, _ = archives(language)
     transcripts = [data for _, data in read_debian_members(fetch(text), lambda name: name.endswith(".txt.gz"))]
     if len(transcripts) != 1:
         raise DownloadError(f"The {text} holds {len(transcripts)} transcript files; one is expected.")
+    return parse_transcript(gzip.decompress(transcripts[0]).decode("utf-8-sig"), language)
+
+
+def _build(language: str, folder: Path) -> None:
+    """Decode one language into `folder`: FLAC files and `rows.json` with paths relative to it."""
+    decode = _g722_decoder()
+    _, audio = archives(language)
+    texts = prompt_texts(language)
     recordings = {
         prompt_name(name): data for name, data in read_debian_members(fetch(audio), lambda name: name.endswith(".g722"))
     }
     rows = []
-    for name, spoken in match_recordings(
-        parse_transcript(gzip.decompress(transcripts[0]).decode("utf-8-sig"), language), recordings
-    ).items():
+    for name, spoken in match_recordings(texts, recordings).items():
         samples = decode(recordings[name])
         path = folder / f"{name}.flac"
         path.parent.mkdir(parents=True, exist_ok=True)

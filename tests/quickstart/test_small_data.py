@@ -1,0 +1,61 @@
+"""What `speechllm fetch` writes, from a source made here."""
+
+import json
+
+import pytest
+
+from speechllm.cli import main
+from speechllm.data.schema import load_rows
+from speechllm.quickstart import small_data
+from speechllm.quickstart.sources import Source
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """200 prompts, one of them long, two of them in the Spanish prompts too; models that are folders of one file."""
+    for name in ("speech", "text"):
+        (tmp_path / "cache" / name).mkdir(parents=True)
+        (tmp_path / "cache" / name / "config.json").write_text(f'"{name}"')
+    rows = [
+        {"id": f"p{i}", "audio": str(tmp_path / f"{i}.flac"), "text": f"one{i} two{i} three{i}", "language": "en",
+         "task": "asr", "duration": 9.0 if i == 0 else 2.0}
+        for i in range(200)
+    ]  # fmt: skip
+    credits = [{"name": "a model", "licence": "MIT"}, {"name": "prompts", "licence": "CC-BY-SA-3.0"}]
+    models = [str(tmp_path / "cache" / name) for name in ("speech", "text")]
+    found = Source("packages", models[0], None, models[1], None, rows, credits)
+    monkeypatch.setattr(small_data, "load_source", lambda name: found)
+    monkeypatch.setattr(small_data, "prompt_texts", lambda code: {"p3": "tres", "p4": "cuatro"} if code == "es" else {})
+    return found
+
+
+def test_fetch(source, tmp_path, capsys):
+    folder = tmp_path / "small"
+    for _ in range(2):  # a second time replaces the first
+        assert main(["fetch", "--output", str(folder)]) == 0
+    assert f"{folder / 'test.jsonl'}: 84 rows" in capsys.readouterr().out
+    for name in ("speech", "text"):
+        assert json.loads((folder / f"{name}_model" / "config.json").read_text()) == name
+    train, test, more, tests = (
+        load_rows(folder / f"{name}.jsonl") for name in ("train", "test", "train-tasks", "test-tasks")
+    )
+    assert len(test) == 84 and len(train) == 199 - 84
+    assert {row["id"] for row in train} | {row["id"] for row in test} == {f"p{i}" for i in range(1, 200)}
+    row = next(row for row in train + test if row["id"] == "p3")
+    assert row["audio"] == source.rows[3]["audio"] and row["license"] == "cc-by-sa-3.0" and row["source"] == "prompts"
+    assert [word["word"] for word in row["words"]] == ["one3", "two3", "three3"] and row["alignment"] == "proportional"
+    assert row["words"][0]["start"] == 0 and row["words"][-1]["end"] == 2.0
+    added = [row for row in more + tests if row["task"] == "st"]
+    assert {(row["id"], row["target_language"], row["target"]) for row in added} == {
+        ("p3 es", "Spanish", "tres"),
+        ("p4 es", "Spanish", "cuatro"),
+    }
+    for rows, all_tasks in ((train, more), (test, tests)):  # a translation is on its utterance's side of the split
+        assert {row["audio"] for row in all_tasks} == {row["audio"] for row in rows}
+    assert len(more) + len(tests) == len(train) + len(test) + 2
+
+
+def test_a_folder_that_cannot_be_written(source, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["fetch", "--output", str(tmp_path / "file")]) == 1
+    assert "file" in capsys.readouterr().err
