@@ -1,7 +1,8 @@
 """More training data from little: utterances heard one after the other.
 
 Where most utterances are a word or two, a model learns to guess whole sentences from their gist. Random utterances, one
-after the other, have to be written down in order, and no two of them are the same.
+after the other, have to be written down in order, and hardly two such rows are the same. Utterances are drawn in
+proportion to their words, so that each word of the data is heard as often as any other, in whatever company it comes.
 """
 
 import random
@@ -11,40 +12,39 @@ from .schema import Row
 
 
 def joined_rows(rows: list[Row], count: int, maximum_seconds: float, seed: int = 0, most: int = 4) -> list[Row]:
-    """Rows that play two to `most` random utterances in a row; their text is the texts, in order.
+    """Rows that play one to `most` random utterances in a row; their text is the texts, in order.
 
     Args:
         rows: with `id`, `audio`, `text` and `duration` in seconds.
         count: how many to make.
-        maximum_seconds: longest sum of durations.
+        maximum_seconds: longest sum of durations; an utterance that is longer comes alone.
         seed: of the choice.
 
     Returns:
-        Rows whose `parts` are the rows that they play.
+        Rows whose `parts` are the rows that they play, all different.
 
     Raises:
-        ValueError: if no two utterances are short enough together.
+        ValueError: if there are no rows.
     """
+    if not rows:
+        raise ValueError("There are no rows to join. Give some.")
     generator = random.Random(f"joined {seed}")
-    shortest = sorted(row["duration"] for row in rows)[:2]
-    if len(shortest) < 2 or sum(shortest) > maximum_seconds:
-        raise ValueError(f"No two of the {len(rows)} utterances fit into {maximum_seconds} s; raise maximum_seconds.")
+    words = [len(row["text"].split()) for row in rows]
     joined = []
-    while len(joined) < count:
-        parts, seconds = [], 0.0
-        for row in generator.sample(rows, min(most, len(rows))):
-            if seconds + row["duration"] <= maximum_seconds:
+    for number in range(count):
+        parts: list[Row] = []
+        for row in generator.choices(rows, weights=words, k=most):
+            seconds = sum(part["duration"] for part in parts) + row["duration"]
+            if not parts or (seconds <= maximum_seconds and row["id"] not in [part["id"] for part in parts]):
                 parts.append(row)
-                seconds += row["duration"]
-        if len(parts) > 1:
-            row = {
-                "id": " + ".join(row["id"] for row in parts),
-                "audio": parts[0]["audio"],
-                "parts": parts,
-                "text": " ".join(row["text"] for row in parts),
-                "duration": seconds,
-            }
-            joined.append({**row, **_joined_words(parts)})
+        row = {
+            "id": f"{number}: " + " + ".join(part["id"] for part in parts),
+            "audio": parts[0]["audio"],
+            "parts": parts,
+            "text": " ".join(part["text"] for part in parts),
+            "duration": sum(part["duration"] for part in parts),
+        }
+        joined.append({**row, **_joined_words(parts)})
     return joined
 
 

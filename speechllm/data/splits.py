@@ -182,3 +182,10 @@ def split_by_cluster(
         len(rows) - len(train) - len(test),
     )
     return train, test
+
+
+def without_near_duplicates(rows: list[dict[str, Any]], of: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows whose text has no near-duplicate, directly or through other rows, among the texts of `of`."""
+    clusters = near_duplicate_clusters([row["text"] for row in [*rows, *of]])
+    taken = set(clusters[len(rows) :])
+    return [row for row, cluster in zip(rows, clusters) if cluster not in taken]

@@ -2,8 +2,8 @@
 
 1. Fetch a small speech encoder, a small LLM and half an hour of recorded speech; split by near-duplicate cluster.
 2. Contrastive pretraining: the LLM's input first, then every fifth layer; held-out retrieval before, between and after.
-3. Fine-tuning for recognition from the pretrained projector and, to see what pretraining is worth, from scratch: at
-   equal steps, and at equal compute (counted in tokens that pass through the LLM). One arm adds LoRA.
+3. Fine-tuning for recognition, the projector and LoRA on the LLM, from the pretrained projector and, to see what
+   pretraining is worth, from scratch: at equal steps, and at equal compute (counted in tokens that pass through the LLM).
 4. Save the best model. The report is rewritten after every stage.
 """
 
@@ -16,17 +16,18 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import ProgressCallback, TrainerCallback, set_seed
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, set_seed
 
 from ..data.joining import joined_rows
 from ..data.schema import Row
-from ..data.splits import split_by_cluster
+from ..data.splits import split_by_cluster, without_near_duplicates
 from ..evaluation.nearest_tokens import nearest_tokens
 from ..evaluation.recognition import recognition_metrics
 from ..modeling_speechllm import SpeechLLMForConditionalGeneration
@@ -37,6 +38,7 @@ from ..trainers import (
     FineTuningArguments,
     FineTuningTrainer,
     SpeechLLMTrainer,
+    add_lora,
 )
 from .downloads import cache_directory
 from .report import write_report
@@ -46,14 +48,26 @@ from .sources import Source, load_source
 
 logger = logging.getLogger(__name__)
 
-LONGEST_UTTERANCE = 8.0  # seconds; a handful of longer prompts would cost as much as hundreds of the others
+# A handful of long prompts would cost pretraining as much as hundreds of the others. Fine-tuning hears them up to a length:
+# they hold a quarter of the words.
+LONGEST_UTTERANCE, LONGEST_FINE_TUNED = 8.0, 20.0  # seconds
 PRETRAINING_BATCH, FINE_TUNING_BATCH = 32, 8
 # One speech token per third of a second: per token that the LLM reads, it learns more than two or four.
 PROJECTOR = dict(num_queries=1, hidden_size=384, num_hidden_layers=2, num_attention_heads=6, intermediate_size=1536)
-# Half of the prompts are single words: fine-tuning also hears random ones in a row (see `data/joining.py`).
-JOINED_ROWS, JOINED_SECONDS = 2000, 5.0
+# Half of the prompts are single words: fine-tuning hears random ones in a row (see `data/joining.py`).
+JOINED_ROWS, JOINED_SECONDS = 2000, 6.0
+LORA_ALPHA = 16
 SHOWN_UTTERANCES = 12  # held-out utterances with transcripts and audio in the report
 SHOWN_SIMILARITIES = 24  # rows and columns of the similarity matrices
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """The beginning that two fine-tuning runs share: a checkpoint, and what it cost."""
+
+    checkpoint: str | None = None
+    seconds: float = 0.0
+    llm_tokens: int = 0
 
 
 class Quickstart:
@@ -63,6 +77,7 @@ class Quickstart:
         self.settings = settings
         self.output = Path(settings.output)
         self.start = time.monotonic()
+        self.adapter: dict[str, torch.Tensor] = {}  # LoRA as it begins in every arm
         self.report: dict[str, Any] = {
             "status": "running",
             "command": shlex.join(["speechllm", *sys.argv[1:]]),
@@ -89,14 +104,15 @@ class Quickstart:
         if self.settings.compute_arms:
             with self.stage("fine-tuning from scratch, equal steps", "fine-tuning from scratch, equal compute"):
                 self.fine_tune("scratch_equal_steps", "from scratch, equal steps", self.untrained, steps[2])
-            with self.stage("fine-tuning from scratch, equal compute", "fine-tuning with LoRA"):
+            with self.stage("fine-tuning from scratch, equal compute", "saving"):
+                # Until its learning rate falls, the run of equal steps is this one: it goes on from there.
                 self.fine_tune(
-                    "scratch_equal_compute", "from scratch, equal compute", self.untrained, self.equal_compute_steps()
+                    "scratch_equal_compute",
+                    "from scratch, equal compute",
+                    self.untrained,
+                    self.equal_compute_steps(),
+                    trunk=self.trunk,
                 )
-        if self.settings.lora_rank:
-            with self.stage("fine-tuning with LoRA", "saving"):
-                label = f"pretrained projector and LoRA of rank {self.settings.lora_rank}"
-                self.fine_tune("lora", label, self.pretrained, steps[2], lora_rank=self.settings.lora_rank)
         with self.stage("saving the best model", ""):
             self.save_best()
         self.report.update(status="complete", stage="everything", next="")
@@ -124,17 +140,20 @@ class Quickstart:
 
     def prepare_data(self, source: Source) -> None:
         rows = [row for row in source.rows if row["duration"] <= LONGEST_UTTERANCE]
+        long = [row for row in source.rows if LONGEST_UTTERANCE < row["duration"] <= LONGEST_FINE_TUNED]
         self.train_rows, self.test_rows = split_by_cluster(
             rows, test_texts=self.settings.test_utterances, seed=self.settings.seed
         )
+        self.long_rows = without_near_duplicates(long, self.test_rows)
+        train = self.train_rows + self.long_rows
         self.report.update(source=source.name, credits=source.credits)
         self.report["data"] = {
-            "train_utterances": len(self.train_rows),
+            "train_utterances": len(train),
             "test_utterances": len(self.test_rows),
-            "train_minutes": round(minutes_of(self.train_rows), 2),
+            "train_minutes": round(minutes_of(train), 2),
             "test_minutes": round(minutes_of(self.test_rows), 2),
-            "dropped_long": len(source.rows) - len(rows),
-            "dropped_near_duplicates": len(rows) - len(self.train_rows) - len(self.test_rows),
+            "dropped_long": len(source.rows) - len(rows) - len(long),
+            "dropped_near_duplicates": len(rows) + len(long) - len(train) - len(self.test_rows),
             "set_aside": [],
         }
 
@@ -152,7 +171,7 @@ class Quickstart:
         # An LLM that hears little falls into loops; transcripts rarely say the same three words twice.
         self.model.generation_config.no_repeat_ngram_size = 3
         self.processor = SpeechLLMProcessor.from_config(self.model.config)
-        self.untrained = self.projector_state()
+        self.untrained = self.trained_state()
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         rule = self.model.config.speech_token_rule
         self.report["model"] = {
@@ -163,8 +182,13 @@ class Quickstart:
             "speech_tokens_per_second": round(rule.frames_per_second / rule.window * rule.tokens_per_window, 2),
         }
 
-    def projector_state(self) -> dict[str, torch.Tensor]:
-        return {name: tensor.clone() for name, tensor in self.model.model.projector.state_dict().items()}
+    def trained_state(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def load_trained(self, state: dict[str, torch.Tensor]) -> None:
+        parameters = dict(self.model.named_parameters())
+        for name, value in state.items():
+            parameters[name].data.copy_(value)
 
     def common_arguments(self, name: str, steps: int) -> dict[str, Any]:
         return dict(
@@ -206,12 +230,12 @@ class Quickstart:
         }
         show_progress_only(trainer)
         tokens = {"before": self.measure(trainer, "before")}
-        trainer.add_callback(AtStep(embedding_steps, lambda: self.measure(trainer, "after_embedding")))
+        trainer.add_callback(AtStep(embedding_steps, lambda _: self.measure(trainer, "after_embedding")))
         begin = time.monotonic()
         trainer.train()
         seconds = time.monotonic() - begin
         tokens["after"] = self.measure(trainer, "after")
-        self.pretrained = self.projector_state()
+        self.pretrained = self.trained_state()
         self.model.save_pretrained(self.output / "pretrained", kind="projector")
         self.processor.save_pretrained(self.output / "pretrained")
         self.report["data"]["set_aside"] = [{"id": k, "reason": v} for k, v in trainer.set_aside.items()]
@@ -256,11 +280,15 @@ class Quickstart:
     # ---- fine-tuning -----------------------------------------------------------------------------------------------
 
     def fine_tune(
-        self, name: str, label: str, projector: dict[str, torch.Tensor], steps: int, lora_rank: int = 0
+        self, name: str, label: str, projector: dict[str, torch.Tensor], steps: int, trunk: Trunk | None = None
     ) -> None:
-        """One arm: from the given projector, `steps` steps; its scores and answers into the report."""
+        """One arm: from the given projector, or where `trunk` ends, to step `steps`; its scores and answers into the
+        report, and its own trunk into `self.trunk`."""
         set_seed(self.settings.seed)
-        self.model.model.projector.load_state_dict(projector)
+        if self.settings.lora_rank and not self.adapter:
+            add_lora(self.model, self.settings.lora_rank, LORA_ALPHA, self.settings.seed)
+            self.adapter = {name: value for name, value in self.trained_state().items() if name not in projector}
+        self.load_trained({**projector, **self.adapter})
         arguments = FineTuningArguments(
             **self.common_arguments(name, steps),
             per_device_train_batch_size=FINE_TUNING_BATCH,
@@ -268,26 +296,37 @@ class Quickstart:
             warmup_steps=10,
             lr_scheduler_kwargs={"num_decay_steps": steps // 2},
             max_new_tokens=48,
-            lora_rank=lora_rank,
         )
-        rows = self.train_rows + joined_rows(self.train_rows, JOINED_ROWS, JOINED_SECONDS, self.settings.seed)
+        rows = joined_rows(self.train_rows + self.long_rows, JOINED_ROWS, JOINED_SECONDS, self.settings.seed)
         trainer = FineTuningTrainer(self.model, arguments, rows, self.test_rows, self.processor)
         show_progress_only(trainer)
-        begin = time.monotonic()
-        trainer.train()
-        seconds = time.monotonic() - begin
+        spent = trunk or Trunk()
+        begin, constant = time.monotonic(), steps - steps // 2
+
+        def branch(control: TrainerControl) -> None:
+            control.should_save = True
+            folder = Path(arguments.output_dir) / f"checkpoint-{constant}"
+            seconds = spent.seconds + time.monotonic() - begin
+            self.trunk = Trunk(str(folder), seconds, spent.llm_tokens + trainer.llm_tokens)
+
+        if trunk is None:
+            trainer.add_callback(AtStep(constant, branch))
+        trainer.train(resume_from_checkpoint=spent.checkpoint)
+        seconds = spent.seconds + time.monotonic() - begin
         metrics = trainer.evaluate()
+        llm_tokens = spent.llm_tokens + trainer.llm_tokens
         pretraining_tokens = self.report["pretraining"]["llm_tokens"] if projector is self.pretrained else 0
         arm = {
             "name": name,
             "label": label,
             "steps": steps,
             "seconds": round(seconds, 1),
+            "trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             "loss": metrics["eval_loss"],
             "wer": metrics["eval_wer"],
             "cer": metrics["eval_cer"],
-            "llm_tokens": trainer.llm_tokens,
-            "llm_tokens_total": trainer.llm_tokens + pretraining_tokens,
+            "llm_tokens": llm_tokens,
+            "llm_tokens_total": llm_tokens + pretraining_tokens,
             "history": [
                 {"step": log["step"], "loss": log["loss"]} for log in trainer.state.log_history if "loss" in log
             ],
@@ -295,7 +334,7 @@ class Quickstart:
         print(f"        {label}: WER {arm['wer']:.1%}, loss {arm['loss']:.3f}", flush=True)
         arms = self.report.setdefault("fine_tuning", {"arms": []})["arms"]
         if not arms or arm["wer"] < min(other["wer"] for other in arms):
-            self.best = (name, self.projector_state())
+            self.best = (name, self.trained_state())
         arms.append(arm)
         self.add_samples(name, trainer.predictions)
         self.report["fine_tuning"]["verdict"] = verdict({arm["name"]: arm for arm in arms})
@@ -320,10 +359,8 @@ class Quickstart:
 
     def save_best(self) -> None:
         """The best arm as a full checkpoint in `model/`."""
-        name, projector = self.best
-        if name != "lora" and getattr(self.model, "_hf_peft_config_loaded", False):
-            self.model.delete_adapter("default")
-        self.model.model.projector.load_state_dict(projector)
+        name, trained = self.best
+        self.load_trained(trained)
         self.model.save_pretrained(self.output / "model", kind="full")
         self.processor.save_pretrained(self.output / "model")
         self.report["fine_tuning"]["best"] = name
@@ -339,12 +376,12 @@ class ProgressBar(ProgressCallback):
 class AtStep(TrainerCallback):
     """Calls `action` once, after optimiser step `step`."""
 
-    def __init__(self, step: int, action: Callable[[], Any]):
+    def __init__(self, step: int, action: Callable[[TrainerControl], Any]):
         self.step, self.action = step, action
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
-            self.action()
+            self.action(control)
 
 
 def show_progress_only(trainer: SpeechLLMTrainer) -> None:

@@ -16,7 +16,7 @@ class QuickstartArguments:
         },
     )
     steps: list[int] = field(
-        default_factory=lambda: [400, 150, 180],
+        default_factory=lambda: [400, 150, 150],
         metadata={
             "help": "Three numbers: pretraining steps at the LLM's input, then at all layers, then fine-tuning steps."
         },
@@ -27,11 +27,11 @@ class QuickstartArguments:
         default=True, metadata={"help": "Also fine-tune from scratch, at equal steps and at equal compute."}
     )
     lora_rank: int = field(
-        default=0, metadata={"help": "Rank of a further arm with LoRA on the LLM (about 4 minutes); 0 leaves it out."}
+        default=8, metadata={"help": "Rank of LoRA on the LLM in fine-tuning; 0 trains the projector only (the paper)."}
     )
 
     def __post_init__(self):
         if len(self.steps) != 3 or min(self.steps) < 1:
-            raise ValueError(f"--steps takes three positive numbers, e.g. 400 150 180; got {self.steps}.")
+            raise ValueError(f"--steps takes three positive numbers, e.g. 400 150 150; got {self.steps}.")
         if self.source not in ("packages", "hub", "auto"):
             raise ValueError(f"--source is {self.source!r}; use 'packages', 'hub' or 'auto'.")

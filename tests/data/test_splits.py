@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from speechllm.data.splits import near_duplicate_clusters, split_by_cluster, words_of
+from speechllm.data.splits import near_duplicate_clusters, split_by_cluster, without_near_duplicates, words_of
 
 
 MENU = [
@@ -131,3 +131,9 @@ def test_a_number_that_whole_clusters_cannot_give_is_refused():
 def test_no_test_texts_leave_everything_for_training():
     rows = rows_of(MENU)
     assert split_by_cluster(rows, test_texts=0, seed=0) == (rows, [])
+
+
+def test_rows_with_a_near_duplicate_among_others_are_left_out():
+    rows = [{"text": text} for text in ("press four to leave the menu", "hello there", "press star to leave the menu")]
+    assert without_near_duplicates(rows, [{"text": "press six to leave the menu"}]) == [rows[1]]
+    assert without_near_duplicates(rows, []) == rows

@@ -44,8 +44,9 @@ def test_every_stage_leaves_its_part_of_the_report(tiny_source, tmp_path, monkey
     monkeypatch.setattr(quickstart_run, "load_source", lambda name: tiny_source)
     monkeypatch.setattr(quickstart_run, "PRETRAINING_BATCH", 4)
     monkeypatch.setattr(quickstart_run, "FINE_TUNING_BATCH", 4)
-    settings = QuickstartArguments(output=str(tmp_path / "out"), steps=[3, 2, 2], test_utterances=6, lora_rank=2)
-    Quickstart(settings).run()
+    settings = QuickstartArguments(output=str(tmp_path / "out"), steps=[3, 2, 4], test_utterances=6, lora_rank=2)
+    run = Quickstart(settings)
+    run.run()
     report = json.loads((tmp_path / "out/report.json").read_text())
 
     assert report["status"] == "complete"
@@ -58,13 +59,20 @@ def test_every_stage_leaves_its_part_of_the_report(tiny_source, tmp_path, monkey
     assert pretraining["chance"] == pytest.approx(1 / 6)
     assert len(pretraining["similarity"]["after"]["3"]) == 6
     arms = {arm["name"]: arm for arm in report["fine_tuning"]["arms"]}
-    assert list(arms) == ["pretrained", "scratch_equal_steps", "scratch_equal_compute", "lora"]
-    assert arms["scratch_equal_steps"]["steps"] == arms["pretrained"]["steps"] == 2
+    assert list(arms) == ["pretrained", "scratch_equal_steps", "scratch_equal_compute"]
+    assert arms["scratch_equal_steps"]["steps"] == arms["pretrained"]["steps"] == 4
     assert arms["scratch_equal_compute"]["llm_tokens_total"] >= 0.8 * arms["pretrained"]["llm_tokens_total"]
     assert report["peak_memory_bytes"] > 1e8
     assert all(set(sample["hypotheses"]) == set(arms) for sample in report["samples"])
     assert (tmp_path / "out/report.html").stat().st_size > 10_000
     assert (tmp_path / "out/model/model.safetensors").is_file()
+
+    # A run that goes on from another's trunk is the run that it would have been from the start.
+    for name, trunk in (("branched", run.trunk), ("whole", None)):
+        run.fine_tune(name, name, run.untrained, 6, trunk=trunk)
+    branched, whole = run.report["fine_tuning"]["arms"][-2:]
+    assert whole["loss"] == pytest.approx(branched["loss"], abs=1e-5)
+    assert whole["llm_tokens"] == branched["llm_tokens"]
 
 
 def test_the_verdict_tells_a_defeat_as_it_is():
