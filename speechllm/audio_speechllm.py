@@ -31,6 +31,8 @@ from .configuration_speechllm import SAMPLING_RATE
 LOWEST_RATE, HIGHEST_RATE = 4_000, 384_000  # Hz
 SHORTEST = 400  # samples at 16 kHz, 25 ms: one frame of Whisper or of the wav2vec 2.0 family
 BLOCK = 1 << 20  # samples per channel decoded at a time
+# Of a file, where `max_seconds` bounds it: samples per channel and second, and samples that are taken at any rate.
+BUDGET_RATE, SMALLEST_BUDGET = 96_000, 16 * BLOCK
 LARGEST_SAMPLE = 16.0  # of float audio; files go a little beyond 1, integers in disguise far beyond
 LARGEST_CLIPPED_FRACTION = 0.3  # of the samples at the peak value; loud but usable recordings stay below a few percent
 SILENCE = 1e-5  # largest difference between samples of a silent recording (-100 dBFS)
@@ -62,7 +64,8 @@ def load_audio(
         name: what error messages call this item; default: the path or the kind of source.
         shortest: samples at 16 kHz that there must be at least.
         max_seconds: longest audio to accept. A file is decoded no further than that, whatever its header claims and
-            however well it compresses, so time and memory are bounded; give it for audio from strangers.
+            however well it compresses, and above 96 kHz no further than as many samples, so time and memory are
+            bounded; give it for audio from strangers.
 
     Returns:
         (samples,) float32 at 16 kHz.
@@ -70,7 +73,7 @@ def load_audio(
     Raises:
         AudioError: if the source is missing, empty, not audio, truncated, too short, silent, clipped beyond use, of
             more than two channels or of an impossible sampling rate, or has samples that are not finite.
-        AudioTooLongError: if it is longer than `max_seconds`.
+        AudioTooLongError: if it is longer than `max_seconds`, or has more samples than so much audio at 96 kHz.
     """
     if isinstance(source, dict):
         name = name or source.get("path")
@@ -125,7 +128,7 @@ def _read(path: str | os.PathLike, name: str) -> bytes:
 
 
 def _decode(data: bytes, name: str, max_seconds: float | None) -> tuple[np.ndarray, int]:
-    """Bytes of an audio file -> samples (time, channels), sampling rate."""
+    """Bytes of an audio file -> samples (time,), mean over its channels, and sampling rate."""
     if soundfile is None:
         raise AudioError(f"{name} cannot be decoded: the package soundfile is missing. Run `pip install soundfile`.")
     if not data:
@@ -144,13 +147,16 @@ def _decode(data: bytes, name: str, max_seconds: float | None) -> tuple[np.ndarr
             _check_rate(rate, name)
             _check_channels(file.channels, name)
             limit = math.inf if max_seconds is None else int(max_seconds * rate)
-            blocks, count = [], 0
-            while count <= limit:  # a header may claim any length: memory is taken for what is there, not for that
-                blocks.append(file.read(BLOCK, dtype="float32", always_2d=True))
-                count += len(blocks[-1])
-                if len(blocks[-1]) < BLOCK:
+            budget = math.inf if max_seconds is None else max(int(max_seconds * BUDGET_RATE), SMALLEST_BUDGET)
+            decoded, count = bytearray(), 0  # which grows without a second copy
+            # A header may claim any length: memory is taken for what is there, not for that.
+            while count <= min(limit, budget):
+                block = file.read(BLOCK, dtype="float32", always_2d=True)
+                decoded += block.mean(axis=1).data
+                count += len(block)
+                if len(block) < BLOCK:
                     break
-            samples = np.concatenate(blocks)
+            samples = np.frombuffer(decoded, dtype=np.float32)
     except AudioError:
         raise
     except (soundfile.SoundFileError, RuntimeError, ValueError, MemoryError) as error:
@@ -159,6 +165,11 @@ def _decode(data: bytes, name: str, max_seconds: float | None) -> tuple[np.ndarr
             f"{name} is not audio that can be decoded ({reason}). Convert it to WAV, FLAC, Ogg or MP3, or download it "
             "again if it was truncated."
         ) from None
+    if budget < count <= limit:
+        raise AudioTooLongError(
+            f"{name} has more than {budget:,} samples per channel, the limit here, which is {budget / rate:.0f} seconds at "
+            f"its {rate:,} Hz. Resample it to 16,000 Hz or cut it into parts."
+        )
     if 0 < declared < 2**62 and len(samples) < declared and len(samples) <= limit:
         raise AudioError(
             f"{name} is truncated: {len(samples):,} of {declared:,} samples could be decoded. Download it again."

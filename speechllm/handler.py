@@ -65,34 +65,29 @@ class EndpointHandler:
         """Answer a request.
 
         Raises:
-            RequestError: if the request is malformed, or its one item cannot be used.
+            RequestError: if the request is malformed, or its one item cannot be used. Whatever else is raised is no
+                fault of the request.
         """
         if not isinstance(data, dict) or "inputs" not in data:
             raise RequestError('The request has no `inputs`. Send {"inputs": audio in base64} or the bytes of a file.')
         options, prompt = self._options(data.get("parameters"))
         inputs = data["inputs"]
         if not isinstance(inputs, list):
-            item = self._item(inputs, prompt)
-            return self._answer([item], options)[0]
+            return self.pipe(self._item(inputs, prompt, options), batch_size=self.batch_size, **options)
         if not 1 <= len(inputs) <= self.max_items:
             raise RequestError(f"`inputs` has {len(inputs)} items; 1 to {self.max_items} are possible at once.")
-        items = [self._item_or_error(item, prompt) for item in inputs]
-        answers = iter(self._answer([item for item in items if "error" not in item], options))
+        items = [self._item_or_error(item, prompt, options) for item in inputs]
+        good = [item for item in items if "error" not in item]
+        answers = iter(self.pipe(good, batch_size=self.batch_size, **options))
         return [item if "error" in item else next(answers) for item in items]
 
-    def _answer(self, items: list[dict[str, Any]], options: dict[str, Any]) -> list[dict[str, Any]]:
+    def _item_or_error(self, item: Any, prompt: str | None, options: dict[str, Any]) -> dict[str, Any]:
         try:
-            return self.pipe(items, batch_size=self.batch_size, **options) if items else []
-        except ValueError as error:  # together with its prompt, an audio may be too long for the LLM
-            raise RequestError(str(error)) from error
-
-    def _item_or_error(self, item: Any, prompt: str | None) -> dict[str, Any]:
-        try:
-            return self._item(item, prompt)
+            return self._item(item, prompt, options)
         except RequestError as error:
             return {"error": str(error), "status": error.status}
 
-    def _item(self, item: Any, prompt: str | None) -> dict[str, Any]:
+    def _item(self, item: Any, prompt: str | None, options: dict[str, Any]) -> dict[str, Any]:
         """One item of a request -> decoded audio and prompt, as the pipeline takes them."""
         if isinstance(item, dict):
             if unknown := item.keys() - {"audio", "prompt"}:
@@ -112,10 +107,14 @@ class EndpointHandler:
             except (binascii.Error, ValueError):
                 raise RequestError("An audio is not valid base64. Encode the bytes of the audio file.") from None
         try:
-            samples = self.pipe.load(bytes(item), max_audio_s=self.max_seconds)
+            checked = self.pipe.prepare(
+                {"bytes": bytes(item), "prompt": prompt},
+                chunk_length_s=options.get("chunk_length_s"),
+                max_audio_s=self.max_seconds,
+            )
         except ValueError as error:
             raise RequestError(str(error), status=413 if "TooLong" in type(error).__name__ else 400) from error
-        return {"array": samples, "prompt": prompt}
+        return {"array": checked["samples"], "prompt": prompt}
 
     def _options(self, parameters: Any) -> tuple[dict[str, Any], str | None]:
         """Parameters of a request -> options of the pipeline, and the prompt of items that have none of their own."""

@@ -75,6 +75,31 @@ class SpeechLLMPipeline(Pipeline):
         shortest = max(SHORTEST, self.processor.rule.shortest)
         return load_audio(audio, sampling_rate, shortest=shortest, max_seconds=max_audio_s)
 
+    def prepare(self, item, prompt=PROMPT, sampling_rate=None, chunk_length_s=None, max_audio_s=None) -> dict[str, Any]:
+        """One of the inputs of `__call__`, with its options -> its `samples` as of `load`, its `prompt`, and its
+        `chunks`, a list of `{"span": (first sample, end)}`.
+
+        Raises:
+            AudioError: if the audio cannot be used.
+            ValueError: if a chunk and the prompt exceed the LLM's context.
+        """
+        if isinstance(item, dict):
+            item = dict(item)
+            prompt = item.pop("prompt", None) or prompt
+            sampling_rate = item.get("sampling_rate", sampling_rate)
+            item = item.get("audio", item)
+        samples = self.load(item, sampling_rate, max_audio_s)
+        spans = cut_at_pauses(samples, chunk_length_s) if chunk_length_s else [(0, len(samples))]
+        text = self.processor.apply_chat_template([_chat(samples, prompt)], add_generation_prompt=True)[0]
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        for start, end in spans:
+            if (tokens := self.processor.count_tokens(text, [end - start])) >= context:
+                raise ValueError(
+                    f"Audio of {(end - start) / SAMPLING_RATE:.0f} seconds and its prompt take {tokens:,} tokens, and the "
+                    f"LLM has a context of {context:,}. Use `chunk_length_s`, e.g. 30, or cut the audio."
+                )
+        return {"samples": samples, "prompt": prompt, "chunks": [{"span": span} for span in spans]}
+
     def _answers(self, inputs, batch_size, progress, forward, **options) -> Iterator[dict[str, Any]]:
         """The answers in the inputs' order, each as soon as all of its chunks have been answered."""
         audios: list[dict] = []  # not answered in full yet, first come first served
@@ -88,7 +113,7 @@ class SpeechLLMPipeline(Pipeline):
                     except StopIteration:
                         more = False
                         break
-                    audio = self._chunked(item, **options)
+                    audio = self.prepare(item, **options)
                     done.expect(len(audio["samples"]) / SAMPLING_RATE)
                     audios.append(audio)
                     waiting += [(audio, chunk) for chunk in audio["chunks"]]
@@ -100,16 +125,6 @@ class SpeechLLMPipeline(Pipeline):
                     done.add((chunk["span"][1] - chunk["span"][0]) / SAMPLING_RATE)
                 while audios and "text" in audios[0]["chunks"][-1]:
                     yield self._joined(audios.pop(0), options.get("chunk_length_s"))
-
-    def _chunked(self, item, prompt=PROMPT, sampling_rate=None, chunk_length_s=None, max_audio_s=None) -> dict:
-        if isinstance(item, dict):
-            item = dict(item)
-            prompt = item.pop("prompt", None) or prompt
-            sampling_rate = item.get("sampling_rate", sampling_rate)
-            item = item.get("audio", item)
-        samples = self.load(item, sampling_rate, max_audio_s)
-        spans = cut_at_pauses(samples, chunk_length_s) if chunk_length_s else [(0, len(samples))]
-        return {"samples": samples, "prompt": prompt, "chunks": [{"span": span} for span in spans]}
 
     def _joined(self, audio: dict, chunk_length_s: float | None) -> dict[str, Any]:
         answer = {"text": " ".join(chunk["text"] for chunk in audio["chunks"] if chunk["text"])}
@@ -130,20 +145,13 @@ class SpeechLLMPipeline(Pipeline):
 
     def preprocess(self, pieces: list[tuple[np.ndarray, str]]) -> dict[str, Any]:
         """[(samples at 16 kHz, prompt)] -> model inputs."""
-        chats = [
-            [{"role": "user", "content": [{"type": "audio", "audio": samples}, {"type": "text", "text": prompt}]}]
-            for samples, prompt in pieces
-        ]
         inputs = self.processor.apply_chat_template(
-            chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            [_chat(samples, prompt) for samples, prompt in pieces],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
         )
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-        if inputs["input_ids"].shape[1] >= context:
-            seconds = max(len(samples) for samples, _ in pieces) / SAMPLING_RATE
-            raise ValueError(
-                f"Audio of {seconds:.0f} seconds and its prompt take {inputs['input_ids'].shape[1]:,} tokens, and the LLM "
-                f"has a context of {context:,}. Use `chunk_length_s`, e.g. 30, or cut the audio."
-            )
         return dict(inputs)
 
     def _forward(self, inputs: dict[str, Any], **generate_kwargs: Any) -> torch.Tensor:
@@ -186,6 +194,10 @@ class _Progress:
             self.bar.update(seconds)
         if self.report is not None:
             self.report(self.done, self.known)
+
+
+def _chat(samples: np.ndarray, prompt: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "audio", "audio": samples}, {"type": "text", "text": prompt}]}]
 
 
 def _is_several(inputs: Any) -> bool:

@@ -118,6 +118,11 @@ class SpeechLLMProcessor(ProcessorMixin):
         """Speech tokens, hence placeholders, of an audio of `samples` samples at 16 kHz."""
         return sum(self.rule.tokens(self.rule.frames(self.rule.steps(n))) for n in self.segment_lengths(samples))
 
+    def count_tokens(self, text: str, audio_samples: list[int]) -> int:
+        """Tokens of a rendered chat whose audios have so many samples at 16 kHz."""
+        written = len(self.tokenizer(text, add_special_tokens=False).input_ids) - len(audio_samples)
+        return written + sum(map(self.count_speech_tokens, audio_samples))
+
     def extract_features(
         self, audio: AudioSource, sampling_rate: int | None = None, name: str | None = None
     ) -> list[dict[str, torch.Tensor | int]]:

@@ -40,6 +40,21 @@ assert other != one and ask({"audio": b64(wav), "prompt": "Translate."}) == othe
 assert ask([b64(wav), {"audio": b64(wav), "prompt": "Translate."}, b64(mp3)]) == [one, other, ask(mp3)]
 mixed = ask([b64(b"no audio"), b64(wav), "***"])
 assert mixed[1] == one and [item.get("status") for item in mixed] == [400, None, 400] and "base64" in mixed[2]["error"]
+config = handler.pipe.model.config.get_text_config()
+context, config.max_position_embeddings = config.max_position_embeddings, 150
+mixed = ask([b64(wav), b64(encoded(20)), {"audio": b64(wav), "prompt": "long " * 50}])
+assert mixed[0] == one and [item.get("status") for item in mixed] == [None, 400, 400], mixed
+assert all("LLM has a context of 150" in item["error"] for item in mixed[1:])
+assert ask([b64(encoded(20))], {**few, "chunk_length_s": 1})[0]["chunks"], "shorter chunks fit"
+config.max_position_embeddings = context
+settings = handler.pipe.model.generation_config
+settings.cache_implementation = "none of them"
+try:
+    ask([b64(wav)])
+    raise SystemExit("the broken model answered")
+except ValueError as error:
+    assert not isinstance(error, module.RequestError), "a failure of the model is not the client's fault"
+settings.cache_implementation = None
 sampled = ask(wav, {"do_sample": True, "temperature": 2.0, "max_new_tokens": 20})
 assert sampled["text"]
 messages = {}

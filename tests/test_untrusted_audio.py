@@ -106,6 +106,44 @@ def test_memory_is_bounded_by_the_limit(name):
     assert peak < 60e6, f"{peak:,} bytes"
 
 
+def minutes(rate, seconds, channels):
+    """A FLAC of two different channels, or of one."""
+    samples = np.tile((tone(1.0) * 2**15).astype(np.int16)[:, None], (-(-rate * seconds // 16_000), channels))
+    samples = samples[: rate * seconds]
+    samples[:, -1] //= 2
+    return encoded(samples, rate, format="FLAC")
+
+
+def traced(data, **options):
+    """What `load_audio` returns or raises, and its peak of memory beyond what there was before."""
+    tracemalloc.start()
+    try:
+        outcome = load_audio(data, **options)
+    except AudioError as error:
+        outcome = error
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return outcome, peak
+
+
+def test_memory_of_stereo_and_of_high_rates():
+    """A second of stereo at 96 kHz has 0.77 MB of samples, of which the mean of the channels is half."""
+    samples, peak = traced(minutes(96_000, 60, 2), max_seconds=60)
+    assert len(samples) == 60 * 16_000
+    assert peak < 2.5 * 60 * 96_000 * 4, f"{peak:,} bytes"
+    error, peak = traced(minutes(384_000, 50, 2), max_seconds=60)
+    assert isinstance(error, AudioTooLongError) and "44 seconds at its 384,000 Hz" in str(error), error
+    assert peak < 1.5 * (16 << 20) * 4 + 40e6, f"{peak:,} bytes"
+
+
+def test_decoding_by_blocks_changes_nothing():
+    """The same as soundfile's own decoding in one piece, over several blocks."""
+    for channels in (1, 2):
+        data = minutes(16_000, 100, channels)
+        whole = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)[0].mean(axis=1)
+        np.testing.assert_array_equal(load_audio(data, max_seconds=200), whole)
+
+
 def test_the_limit(tmp_path):
     path = tmp_path / "long.wav"
     soundfile.write(path, tone(5.1), 16_000)

@@ -15,7 +15,7 @@ import functools
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 import anyio
@@ -24,6 +24,8 @@ from starlette.applications import Starlette
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -37,6 +39,12 @@ from .protocol import ApiError, ChatAnswer, parse_chat, parse_json, parse_transc
 
 logger = logging.getLogger(__name__)
 DECODING_THREADS = 2
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+TOKENS_PER_SECOND = 30  # of speech, generously, in any script and tokenizer: where more come, the model repeats itself
+
+
+class StillSending(ApiError):
+    """A request that is refused before its body has been read to the end."""
 
 
 @dataclass
@@ -48,7 +56,7 @@ class Limits:
         max_audio_seconds: of all audio in a request.
         max_upload_mb: of a request's body.
         timeout: seconds from a request's arrival to its answer's end.
-        default_max_tokens: of an answer, where the request does not say.
+        default_max_tokens: of an answer, where the request does not say; transcripts of long pieces may have more.
     """
 
     max_requests: int = 32
@@ -75,7 +83,9 @@ class Service:
         self.draining = False
         self.decoding = anyio.CapacityLimiter(DECODING_THREADS)
 
-    def app(self) -> Starlette:
+    def app(self, hosts: Sequence[str] = LOOPBACK) -> Starlette:
+        """The application, for requests to these hosts: a web page that gives its own name the address of this machine
+        (DNS rebinding) would otherwise have the visitor's browser read answers for it. `"*"` stands for any."""
         return Starlette(
             routes=[
                 Route("/health", self.health),
@@ -84,7 +94,13 @@ class Service:
                 Route("/v1/chat/completions", self.admitted(self.chat), methods=["POST"]),
                 Route("/v1/audio/transcriptions", self.admitted(self.transcription), methods=["POST"]),
             ],
-            exception_handlers={ApiError: _error_response, HTTPException: _http_error, Exception: _unexpected},
+            middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)],
+            exception_handlers={
+                StillSending: self.answer_when_sent,
+                ApiError: _error_response,
+                HTTPException: _http_error,
+                Exception: _unexpected,
+            },
         )
 
     # ---- routes ------------------------------------------------------------------------------------------------------
@@ -139,11 +155,11 @@ class Service:
             Job(
                 text,
                 audios,
-                min(self.limits.default_max_tokens, self.context - tokens),
+                min(self.transcript_limit(end - start), self.context - tokens),
                 wanted.sampling,
                 deadline=deadline,
             )
-            for text, audios, tokens in prompts
+            for (start, end), (text, audios, tokens) in zip(spans, prompts)
         ]
         await self.run(request, jobs)
         texts = [job.answer.strip() for job in jobs]
@@ -153,8 +169,14 @@ class Service:
         if wanted.response_format == "json":
             return JSONResponse({"text": text})
         segments = [
-            {"id": i, "start": start / SAMPLING_RATE, "end": end / SAMPLING_RATE, "text": segment}
-            for i, ((start, end), segment) in enumerate(zip(spans, texts))
+            {
+                "id": i,
+                "start": start / SAMPLING_RATE,
+                "end": end / SAMPLING_RATE,
+                "text": segment,
+                "finish_reason": job.finish_reason,  # as of a chat: "length" if the text is cut off
+            }
+            for i, ((start, end), segment, job) in enumerate(zip(spans, texts, jobs))
         ]
         duration = len(samples) / SAMPLING_RATE
         return JSONResponse(
@@ -189,6 +211,9 @@ class Service:
 
         return admit
 
+    def transcript_limit(self, samples: int) -> int:
+        return max(self.limits.default_max_tokens, round(samples / SAMPLING_RATE * TOKENS_PER_SECOND))
+
     def check_model(self, name: str) -> None:
         if name != self.name:
             raise ApiError(
@@ -216,17 +241,17 @@ class Service:
         if request.headers.get("content-type", "").split(";")[0].strip().lower() != content_type:
             raise ApiError(415, f"The content type must be {content_type}.")
         limit, received = self.limits.max_upload_mb * 1e6, 0
+        too_large = f"The request has more than {self.limits.max_upload_mb:g} MB, the limit here."
+        declared = request.headers.get("content-length", "")
+        if declared.isdigit() and int(declared) > limit:
+            raise StillSending(413, too_large)
 
         async def receive():
             nonlocal received
             message = await request.receive()
             received += len(message.get("body", b""))
             if received > limit:
-                # A client that is still sending would not see an answer: let it finish, within reason.
-                while message.get("more_body") and received < 4 * limit:
-                    message = await request.receive()
-                    received += len(message.get("body", b""))
-                raise ApiError(413, f"The request has more than {self.limits.max_upload_mb:g} MB, the limit here.")
+                raise (StillSending if message.get("more_body") else ApiError)(413, too_large)
             return message
 
         try:
@@ -236,6 +261,18 @@ class Service:
             raise ApiError(408, "The request did not arrive in time.") from None
         except ClientDisconnect:
             raise ApiError(499, "The client left before its request had arrived.") from None  # which nobody will see
+
+    async def answer_when_sent(self, request: Request, error: ApiError) -> Response:
+        """An error for a client that would not see it before it has sent its request, which it may, within reason.
+        (The route has returned, so this takes none of the places.)"""
+        received, more = 0, True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.limits.timeout):
+                while more and received < 4e6 * self.limits.max_upload_mb:
+                    message = await request.receive()
+                    received += len(message.get("body", b""))
+                    more = message.get("more_body")
+        return _error_response(request, error)
 
     async def in_thread(self, function, *arguments, deadline: float):
         try:
@@ -279,12 +316,11 @@ class Service:
     def render(self, messages: list[dict], audios: list[np.ndarray]) -> tuple[str, list[np.ndarray], int]:
         try:
             text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-            tokens = len(self.processor.tokenizer(text, add_special_tokens=False).input_ids) - len(audios)
+            tokens = self.processor.count_tokens(text, [len(audio) for audio in audios])
         except Exception as error:  # templates raise their own errors, about the order of roles for one
             raise ApiError(400, f"The chat cannot be rendered for this model: {error}", "messages") from error
         if text.count(AUDIO_TOKEN) != len(audios):
             raise ApiError(400, f"A text holds {AUDIO_TOKEN}, the placeholder of audio. Leave it out.", "messages")
-        tokens += sum(self.processor.count_speech_tokens(len(audio)) for audio in audios)
         if tokens >= self.context:
             raise ApiError(
                 400,

@@ -178,7 +178,9 @@ def _messages(messages: Any) -> list[dict[str, Any]]:
         if isinstance(content, list):
             content = [_part(part, f"messages[{i}].content[{k}]") for k, part in enumerate(content)]
             audios += sum(part["type"] == "audio" for part in content)
-        elif not isinstance(content, str):
+        elif isinstance(content, str):
+            _check_unicode(content, f"messages[{i}].content")
+        else:
             raise ApiError(400, f"Message {i} needs a `content`: a text or a list of parts.", f"messages[{i}].content")
         checked.append({"role": ROLES[role], "content": content})
     if audios > MAX_AUDIOS:
@@ -189,6 +191,7 @@ def _messages(messages: Any) -> list[dict[str, Any]]:
 def _part(part: Any, where: str) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
+        _check_unicode(part["text"], where)
         return {"type": "text", "text": part["text"]}
     if kind != "input_audio":
         raise ApiError(400, f"{where} must be a part of type `text` or `input_audio`, not {_shown(kind)}.", where)
@@ -204,6 +207,13 @@ def _part(part: Any, where: str) -> dict[str, Any]:
         return {"type": "audio", "audio": base64.b64decode(data, validate=True)}
     except (binascii.Error, ValueError):
         raise ApiError(400, f"{where} is not valid base64. Encode the bytes of the audio file.", where) from None
+
+
+def _check_unicode(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can hold half a surrogate pair
+        raise ApiError(400, f"{where} must be valid Unicode.", where) from None
 
 
 def _sampling(values: dict[str, Any]) -> Sampling:

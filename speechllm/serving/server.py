@@ -5,6 +5,7 @@ done; a second signal ends it at once.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +13,10 @@ import uvicorn
 from transformers import AutoProcessor
 
 from ..modeling_speechllm import SpeechLLMForConditionalGeneration
-from .app import Limits, Service
+from .app import LOOPBACK, Limits, Service
+
+
+ALL_ADDRESSES = ("0.0.0.0", "::", "")
 
 
 class Server(uvicorn.Server):
@@ -48,6 +52,7 @@ def serve(
     max_wait_ms: float = 20.0,
     limits: Limits | None = None,
     device: str | None = None,
+    allowed_hosts: Sequence[str] = (),
 ) -> None:
     """Serve a checkpoint until a signal ends it.
 
@@ -57,6 +62,8 @@ def serve(
         port: 0 for any free one.
         max_batch_size, max_wait_ms: see `Batcher`.
         device: default: a GPU if there is one, else the CPU.
+        allowed_hosts: further names that clients may call this machine by, besides the loopback ones and `host`. Where
+            `host` stands for all addresses, any name will do unless some are given.
 
     Raises:
         CheckpointError: if the checkpoint cannot be loaded.
@@ -67,9 +74,22 @@ def serve(
     name = Path(os.path.abspath(model)).name if os.path.isdir(model) else str(model)
     service = Service(loaded, processor, name, limits or Limits(), max_batch_size, max_wait_ms / 1000)
     config = uvicorn.Config(
-        service.app(), host=host, port=port, log_level="warning", access_log=False, lifespan="off", server_header=False
+        service.app(_hosts(host, allowed_hosts)),
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        server_header=False,
     )
     Server(config, service).run()
+
+
+def _hosts(host: str, allowed: Sequence[str]) -> list[str]:
+    """What the `Host` header of a request may be."""
+    if host in ALL_ADDRESSES:
+        return [*LOOPBACK, *allowed] if allowed else ["*"]
+    return [*LOOPBACK, f"[{host}]" if ":" in host else host, *allowed]
 
 
 __all__ = ["serve"]

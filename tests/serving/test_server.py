@@ -21,7 +21,8 @@ import soundfile
 import uvicorn
 from tiny import tone
 
-from speechllm.serving.app import Limits, Service
+from speechllm.serving.app import LOOPBACK, Limits, Service
+from speechllm.serving.server import _hosts
 
 
 NAME = "tiny-model"
@@ -155,6 +156,7 @@ def test_transcription(client, answer):
     verbose = ask(response_format="verbose_json", language="en", timestamp_granularities=["segment"])
     assert verbose.text == expected.strip() and verbose.language == "en" and verbose.duration == 0.5
     assert [(s.start, s.end, s.text) for s in verbose.segments] == [(0, 0.5, expected.strip())]
+    assert [s.finish_reason for s in verbose.segments] == ["length"], "the model never ends, so the text is cut off"
     assert ask(prompt="Translate.").text == answer(same_chat(audio, "Translate."), 256).strip()
 
 
@@ -210,7 +212,8 @@ GOOD = {"model": NAME, "messages": [{"role": "user", "content": "Hi"}], "max_tok
         ({"messages": part(type="input_audio", input_audio={"data": "AAAA", "format": "wav"})}, 400, "not audio"),
         ({"messages": part(type="input_audio", input_audio="/etc/passwd")}, 400, "needs"),
         ({"messages": part(type="text", text="a <|audio|> b")}, 400, "placeholder"),
-        ({"messages": part(type="text", text="\ud800")}, 400, "rendered"),
+        ({"messages": part(type="text", text="\ud800")}, 400, "messages[0].content[0] must be valid Unicode"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages[0].content must be valid Unicode"),
         ({"messages": part(type="text", text="long " * 25_000)}, 400, "context_length_exceeded"),
         ({"messages": chat(encoded(5.2))}, 413, "longer than 5 seconds"),
         ({"messages": chat(encoded(3.0)) + chat(encoded(3.0))}, 413, "longer than"),
@@ -332,7 +335,7 @@ def test_time_runs_out(impatient):
             pass
     with socket.create_connection((host, port)) as slow:
         slow.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{"
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{"
         )
         slow.settimeout(60)
         assert slow.recv(100).startswith(b"HTTP/1.1 408")
@@ -340,8 +343,70 @@ def test_time_runs_out(impatient):
     assert client.chat.completions.create(**GOOD).usage.completion_tokens == 3  # the model is free again
 
 
+def test_an_upload_that_is_too_large_takes_no_place(impatient):
+    """Refused by what it declares, or as soon as it has sent too much; answered when it has been sent."""
+    service, address = impatient
+    service.limits.max_upload_mb = 0.1
+    for how in ("content-length: 300000", "transfer-encoding: chunked"):
+        chunked = "chunked" in how
+        with socket.create_connection(address) as large:
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n{how}\r\n\r\n"
+            body = b"x" * 150_000
+            part = b"%x\r\n%s\r\n" % (len(body), body) if chunked else body
+            large.sendall(head.encode() + part)
+            large.settimeout(0.5)
+            with pytest.raises(TimeoutError):
+                large.recv(100)
+            assert service.in_flight == 0, how
+            large.sendall(part + (b"0\r\n\r\n" if chunked else b""))
+            large.settimeout(60)
+            assert large.recv(100).startswith(b"HTTP/1.1 413"), how
+
+
+def test_nothing_is_buffered_of_an_upload_that_declares_too_much(impatient):
+    service, address = impatient
+    service.limits.timeout, service.limits.max_upload_mb = 0.5, 0.1
+    with socket.create_connection(address) as large:
+        large.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            b"content-length: 300000\r\n\r\nx"
+        )
+        large.settimeout(60)
+        assert large.recv(100).startswith(b"HTTP/1.1 413")  # not 408: nobody waited for a body
+
+
+def test_pieces_of_a_transcription_may_fill_the_context(impatient):
+    service, _ = impatient
+    assert service.transcript_limit(8_000) == service.limits.default_max_tokens == 256
+    assert service.transcript_limit(30 * 16_000) == 900
+
+
+def host_is_served(address, host):
+    try:
+        return urlopen(Request(f"{address}/health", headers={"Host": host}), timeout=30).status == 200
+    except HTTPError as error:
+        assert error.code == 400
+        return False
+
+
+def test_names_of_other_machines_are_refused(server):
+    """As in DNS rebinding, where a page's own name leads to this machine."""
+    port = server[1].rpartition(":")[2]
+    for host in ("localhost", "127.0.0.1", f"LOCALHOST:{port}", f"[::1]:{port}"):
+        assert host_is_served(server[1], host), host
+    for host in ("evil.example", f"evil.example:{port}", "localhost.evil.example", ""):
+        assert not host_is_served(server[1], host), host
+
+
+def test_names_that_a_server_goes_by():
+    assert _hosts("192.168.0.7", ["asr.example"]) == [*LOOPBACK, "192.168.0.7", "asr.example"]
+    assert "[::1]" in _hosts("::1", []) and _hosts("0.0.0.0", []) == ["*"]
+    assert _hosts("0.0.0.0", ["asr.example"]) == [*LOOPBACK, "asr.example"]
+
+
 @pytest.mark.parametrize(
-    "path, kind", [("chat/completions", "application/json"), ("audio/transcriptions", "multipart/form-data; boundary=b")]
+    "path, kind",
+    [("chat/completions", "application/json"), ("audio/transcriptions", "multipart/form-data; boundary=b")],
 )
 def test_leaving_in_the_middle_of_a_request_is_no_failure_of_the_server(impatient, caplog, path, kind):
     service, address = impatient
@@ -349,7 +414,9 @@ def test_leaving_in_the_middle_of_a_request_is_no_failure_of_the_server(impatien
     log.addHandler(caplog.handler)
     try:
         with socket.create_connection(address) as leaving:
-            request = f"POST /v1/{path} HTTP/1.1\r\nhost: x\r\ncontent-type: {kind}\r\ncontent-length: 99\r\n\r\n--b"
+            request = (
+                f"POST /v1/{path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {kind}\r\ncontent-length: 99\r\n\r\n--b"
+            )
             leaving.sendall(request.encode())
             while not service.in_flight:
                 time.sleep(0.01)
