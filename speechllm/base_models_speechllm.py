@@ -14,10 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, is_offline_mode, try_to_load_from_cache
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError
 from transformers import AddedToken, AutoModel, AutoModelForCausalLM, GenerationConfig
 from transformers.models.whisper.modeling_whisper import WhisperModel
 from transformers.quantizers import AutoQuantizationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .configuration_speechllm import AUDIO_TOKEN, SpeechLLMConfig
@@ -44,6 +53,41 @@ def explained(what: str, remedy: str):
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"Cannot load {what}: {reason} {remedy}".strip()) from error
+
+
+def optional_file(model: str | os.PathLike, name: str, subfolder: str = "", **hub: Any) -> str | None:
+    """The path of a file that a checkpoint (folder or Hub id) may lack; `None` if it does. Offline, what is not in the
+    cache counts as absent. (`cached_file` of Transformers takes a Hub that cannot be reached for an absent file.)
+
+    Args:
+        hub: `revision`, `token`, `cache_dir` and the like.
+
+    Raises:
+        CheckpointError: if nobody can tell, because the Hub cannot be reached or fails.
+        HFValidationError, RepositoryNotFoundError: if there is no such checkpoint.
+    """
+    if os.path.isdir(model):
+        path = Path(model) / subfolder / name
+        return str(path) if path.is_file() else None
+    try:
+        return hf_hub_download(str(model), name, subfolder=subfolder or None, **hub)
+    except RemoteEntryNotFoundError:
+        return None
+    except RepositoryNotFoundError:
+        raise
+    except (LocalEntryNotFoundError, HTTPError) as error:
+        if is_offline_mode() or hub.get("local_files_only"):
+            return None
+        place = {key: hub[key] for key in ("cache_dir", "revision") if key in hub}
+        path = "/".join(filter(None, [subfolder, name]))
+        if try_to_load_from_cache(str(model), path, **place) is _CACHED_NO_EXIST:
+            return None
+        cause = error.__cause__ or error
+        status = f"it answered {cause.response.status_code}" if isinstance(cause, HfHubHTTPError) else str(cause)
+        raise CheckpointError(
+            f"Cannot tell whether {model} has a file {path}: the Hub cannot be asked ({status}). Try again later, or set "
+            "HF_HUB_OFFLINE=1 to do with the files that are in the cache."
+        ) from error
 
 
 def add_audio_token(tokenizer) -> int:
@@ -131,9 +175,10 @@ def base_weights(config: SpeechLLMConfig, dtype: torch.dtype) -> dict[str, torch
 
 def copy_generation_config(model, base: dict[str, str], tokenizer) -> None:
     """The LLM's generation settings, with end-of-text and padding ids from its tokenizer where it has none."""
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(base["id"], revision=hub_revision(base))
-    except OSError:  # the LLM comes without a generation_config.json, as many do
+    revision = hub_revision(base)
+    if optional_file(base["id"], GENERATION_CONFIG_NAME, revision=revision) is not None:
+        model.generation_config = GenerationConfig.from_pretrained(base["id"], revision=revision)
+    else:  # as with many LLMs
         model.generation_config = GenerationConfig.from_model_config(model.config.text_config)
     settings = model.generation_config
     settings.eos_token_id = tokenizer.eos_token_id if settings.eos_token_id is None else settings.eos_token_id

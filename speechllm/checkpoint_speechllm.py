@@ -39,15 +39,20 @@ from .base_models_speechllm import (
     copy_generation_config,
     explained,
     keep_unquantized,
+    optional_file,
     pin_revision,
     refuse_incomplete,
 )
 from .configuration_speechllm import SpeechLLMConfig, SpeechLLMProjectorConfig
-from .pushing_speechllm import OPTIONAL, SpeechLLMPushMixin
+from .pushing_speechllm import (
+    ADAPTER_CONFIG,
+    ADAPTER_FOLDER,
+    ADAPTER_WEIGHTS,
+    PROJECTOR_WEIGHTS,
+    SpeechLLMPushMixin,
+)
 
 
-PROJECTOR_WEIGHTS = "projector.safetensors"
-ADAPTER_FOLDER, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
 HUB_FILES = (
     "audio_speechllm.py",
     "base_models_speechllm.py",
@@ -153,8 +158,7 @@ class SpeechLLMCheckpointMixin(SpeechLLMPushMixin):
                 config, kwargs = cls.config_class.from_pretrained(
                     config or path, return_unused_kwargs=True, **{**kwargs, **hub}
                 )
-        find = {**hub, **OPTIONAL}
-        weights = cached_file(path, PROJECTOR_WEIGHTS, **find)
+        weights = optional_file(path, PROJECTOR_WEIGHTS, **hub)
         rest = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS}
         if dtype is not None:
             rest["dtype"] = dtype
@@ -164,7 +168,7 @@ class SpeechLLMCheckpointMixin(SpeechLLMPushMixin):
             with explained(f"the trained weights {weights}", remedy="Download or train them again."):
                 trained = load_file(weights)
             model, info = cls._merge(config, trained, *args, output_loading_info=True, **rest)
-            if model.can_generate() and cached_file(path, GENERATION_CONFIG_NAME, **find) is not None:
+            if model.can_generate() and optional_file(path, GENERATION_CONFIG_NAME, **hub) is not None:
                 model.generation_config = GenerationConfig.from_pretrained(path, **hub)
         else:
             refuse_pickled(path, **hub)
@@ -176,7 +180,7 @@ class SpeechLLMCheckpointMixin(SpeechLLMPushMixin):
         model.name_or_path = str(path)
         model.loaded_from = {name: hub[name] for name in ("revision", "subfolder") if name in hub}
         subfolder = "/".join(filter(None, [hub.pop("subfolder", ""), ADAPTER_FOLDER]))
-        if (adapter := cached_file(path, ADAPTER_CONFIG, **{**find, "subfolder": subfolder})) is not None:
+        if (adapter := optional_file(path, ADAPTER_CONFIG, subfolder=subfolder, **hub)) is not None:
             cached_file(path, ADAPTER_WEIGHTS, subfolder=subfolder, **hub)
             model.load_trained_adapter(Path(adapter).parent)
         return (model, info) if output_loading_info else model
@@ -402,7 +406,7 @@ def refuse_pickled(path: str | os.PathLike, **hub: Any) -> None:
     """
 
     def first(*names: str) -> str | None:
-        return next((name for name in names if cached_file(path, name, **{**hub, **OPTIONAL}) is not None), None)
+        return next((name for name in names if optional_file(path, name, **hub) is not None), None)
 
     if not first(SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME) and (found := first(WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
         raise CheckpointError(

@@ -4,25 +4,25 @@ What is pushed names nothing of this machine: a projector-only checkpoint whose 
 and a full one forgets where they came from.
 """
 
+import glob
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub import HfApi
-from transformers.utils.hub import cached_file
 
-from .base_models_speechllm import CheckpointError
+from .base_models_speechllm import CheckpointError, optional_file
 
 
+PROJECTOR_WEIGHTS = "projector.safetensors"
+ADAPTER_FOLDER, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
 COMPANIONS = (
     "README.md",
     "training_summary.json",
 )  # what travels with a checkpoint besides weights, code and processor
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "adapter/*")
-# For `cached_file`: an absent file is None.
-OPTIONAL = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
 
 class SpeechLLMPushMixin:
@@ -67,7 +67,7 @@ class SpeechLLMPushMixin:
             self.save_pretrained(folder, kind=kind, max_shard_size=max_shard_size)
             processor.save_pretrained(folder)
             for name in COMPANIONS if source else ():
-                if (path := cached_file(source, name, **self.loaded_from, **OPTIONAL)) is not None:
+                if (path := optional_file(source, name, **self.loaded_from)) is not None:
                     shutil.copyfile(path, Path(folder) / name)
             forget_this_machine(folder)
             api = HfApi(token=token)
@@ -81,13 +81,22 @@ def upload_checkpoint(
     """One commit after which the repository's weights and code are those of `folder`, and no others."""
     if revision is not None and not create_pr:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
+    # Exact names, since the client's `*` would match in every folder.
+    stale = [glob.escape(path) for path in api.list_repo_files(repo_id, revision=revision) if _is_replaced(path)]
     return api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
         commit_message=message,
         revision=revision,
         create_pr=create_pr,
-        delete_patterns=[*WEIGHTS, "*_speechllm.py"],
+        delete_patterns=stale,
+    )
+
+
+def _is_replaced(path: str) -> bool:
+    """Whether a repository's file is one of those that every upload brings or does without: weights and code."""
+    return path.startswith(f"{ADAPTER_FOLDER}/") or bool(
+        re.fullmatch(r"[^/]+(\.safetensors(\.index\.json)?|_speechllm\.py)", path)
     )
 
 
@@ -103,11 +112,11 @@ def forget_this_machine(folder: str | Path) -> None:
         CheckpointError: if the checkpoint is projector-only and so needs them.
     """
     folder = Path(folder)
-    for path in (folder / "config.json", folder / "adapter/adapter_config.json"):
+    for path in (folder / "config.json", folder / ADAPTER_FOLDER / ADAPTER_CONFIG):
         if path.is_file():
             values = json.loads(path.read_text(), object_hook=_without_places)
             bases = values.get("base_models") or {}
-            if (folder / "projector.safetensors").is_file() and path.name == "config.json":
+            if (folder / PROJECTOR_WEIGHTS).is_file() and path.name == "config.json":
                 refuse_local_bases(bases)
             elif any(map(is_local, bases.values())):
                 values["base_models"] = None

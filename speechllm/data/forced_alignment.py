@@ -210,8 +210,11 @@ def align_manifest(data: str, output: str, ctc_model: str | None = None, device:
     set_aside = [SetAside(**row["set_aside"]) for row in done if "set_aside" in row]
     if not kept:
         raise ManifestError(f"{data}: none of the {len(rows)} rows can be aligned; the first: {set_aside[0].reason}")
+    listed = target.with_suffix(".set_aside.jsonl")
     if set_aside:
-        _write_lines(target.with_suffix(".set_aside.jsonl"), [vars(item) for item in set_aside])
+        _write_lines(listed, [vars(item) for item in set_aside])
+    else:
+        listed.unlink(missing_ok=True)  # that of an earlier run
     _write_lines(target, kept)
     partial.unlink()
     counts = Counter(row["alignment"] for row in kept)

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers.utils.hub import cached_file
 
-from ..checkpoint_speechllm import ADAPTER_FOLDER, PROJECTOR_WEIGHTS, CheckpointError
+from ..base_models_speechllm import optional_file
+from ..checkpoint_speechllm import ADAPTER_FOLDER, ADAPTER_WEIGHTS, PROJECTOR_WEIGHTS, CheckpointError
 from ..configuration_speechllm import SpeechLLMConfig
 from ..modeling_speechllm import SpeechLLMForConditionalGeneration
 
@@ -33,12 +33,11 @@ def describe_checkpoint(model: str) -> dict[str, Any]:
         "projector": (config.projector_config.projector_type, body.projector, False),
         "language model": (config.text_config.model_type, body.language_model, config.freeze_language_model),
     }
-    find = {"_raise_exceptions_for_missing_entries": False}
-    weights = cached_file(model, PROJECTOR_WEIGHTS, **find)
-    adapter = cached_file(model, "adapter_model.safetensors", subfolder=ADAPTER_FOLDER, **find)
+    weights = optional_file(model, PROJECTOR_WEIGHTS)
+    adapter = optional_file(model, ADAPTER_WEIGHTS, subfolder=ADAPTER_FOLDER)
     kind = "projector-only" if weights else "full"
-    index = cached_file(model, "model.safetensors.index.json", **find)
-    weights = weights or cached_file(model, "model.safetensors", **find)
+    index = optional_file(model, "model.safetensors.index.json")
+    weights = weights or optional_file(model, "model.safetensors")
     if not weights and not index:
         raise CheckpointError(f"{model} holds neither {PROJECTOR_WEIGHTS} nor model.safetensors. Save it again.")
     return {

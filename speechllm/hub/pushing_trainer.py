@@ -16,7 +16,7 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from ..pushing_speechllm import refuse_local_bases, upload_checkpoint
+from ..pushing_speechllm import PROJECTOR_WEIGHTS, refuse_local_bases, upload_checkpoint
 from .publishing import explained_refusal, prepare_folder
 from .training_summary import SUMMARY, read_summary, write_summary
 
@@ -91,8 +91,12 @@ class PushingTrainer(Trainer):
     ):
         """Upload a copy of the checkpoint in the background; `Trainer` may delete the checkpoint meanwhile."""
         folder = Path(tempfile.mkdtemp(prefix="speechllm-push-"))
-        kind = "projector" if (Path(checkpoint) / "projector.safetensors").is_file() else "full"
-        prepare_folder(checkpoint, folder, self.hub_model_id, kind=kind, **card)
+        kind = "projector" if (Path(checkpoint) / PROJECTOR_WEIGHTS).is_file() else "full"
+        try:
+            prepare_folder(checkpoint, folder, self.hub_model_id, kind=kind, **card)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         api = HfApi(token=token or self.args.hub_token)
 
         def push():

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils.hub import cached_file
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
-from ..pushing_speechllm import OPTIONAL
+from ..base_models_speechllm import optional_file
 
 
 SUMMARY = "training_summary.json"
@@ -37,12 +37,16 @@ SPEED = ("runtime", "samples_per_second", "steps_per_second", "jit_compilation_t
 
 
 def read_summary(checkpoint: str | os.PathLike, **place: str) -> dict[str, Any]:
-    """The summary beside a checkpoint (folder or Hub id, with `revision` and `subfolder`), `{}` if it has none."""
+    """The summary beside a checkpoint (folder or Hub id, with `revision` and `subfolder`), `{}` if it has none.
+
+    Raises:
+        CheckpointError: if the Hub cannot be asked for it.
+    """
     if not str(checkpoint):
         return {}
     try:
-        path = cached_file(str(checkpoint), SUMMARY, **place, **OPTIONAL)
-    except OSError:  # neither a folder nor a repository
+        path = optional_file(checkpoint, SUMMARY, **place)
+    except (HFValidationError, RepositoryNotFoundError):  # neither a folder nor a repository
         return {}
     return json.loads(Path(path).read_text()) if path else {}
 
@@ -98,7 +102,8 @@ def _training_data(trainer: Any) -> list[dict[str, Any]]:
     if trainer.stream is None:
         return _sources(trainer.train_rows, "train")
     source = getattr(trainer.stream.info, "dataset_name", None)
-    return [dict.fromkeys(("license", "language", "utterances", "hours")) | {"split": "train", "source": source}]
+    unknown = dict.fromkeys(("license", "language", "utterances", "hours"))
+    return [unknown | {"split": "train", "source": source, "streamed": True}]
 
 
 def _sources(rows: list[dict], split: str) -> list[dict[str, Any]]:

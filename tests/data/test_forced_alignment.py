@@ -213,6 +213,8 @@ def test_command(manifest, tmp_path, capsys):
     listed = (tmp_path / "aligned.set_aside.jsonl").read_text()
     assert "u1 has no `text`" in listed and "bad.wav" in listed
     assert not list(tmp_path.glob("*.partial"))
+    manifest.write_text(json.dumps({"audio": "0.wav", "text": "a"}))
+    assert main(arguments) == 0 and not (tmp_path / "aligned.set_aside.jsonl").exists(), "of the run before"
 
     assert main([*arguments, "--output", str(tmp_path / "elsewhere" / "guessed.jsonl")]) == 0
     rows = load_rows(str(tmp_path / "elsewhere" / "guessed.jsonl"))

@@ -40,7 +40,8 @@ class Repository:
 
 
 class Hub(ThreadingHTTPServer):
-    """`repositories`: name -> `Repository`; `requests`: (method, path) of all that were answered."""
+    """`repositories`: name -> `Repository`; `requests`: (method, path) of all that were answered; `failing`: a pattern of
+    the paths that are answered by status 500."""
 
     daemon_threads = True
 
@@ -50,6 +51,7 @@ class Hub(ThreadingHTTPServer):
         self.repositories: dict[str, Repository] = {}
         self.large_files: dict[str, bytes] = {}  # by SHA-256
         self.requests: list[tuple[str, str]] = []
+        self.failing: str | None = None
         self.lock = threading.Lock()
 
     def add(self, name: str, folder: Path, message: str = "add") -> str:
@@ -72,8 +74,10 @@ def running_hub():
 
 
 class Refusal(Exception):
-    def __init__(self, status: int, code: str = "", message: str = ""):
+    def __init__(self, status: int, code: str = "", message: str = "", commit: str = ""):
         self.status, self.headers, self.message = status, {"X-Error-Code": code} if code else {}, message or code
+        if commit:  # of a repository that has no such file, which the client then remembers
+            self.headers["X-Repo-Commit"] = commit
 
 
 def git_blob(content: bytes) -> str:
@@ -179,7 +183,7 @@ class Handler(BaseHTTPRequestHandler):
     def resolve(self, body, repo, revision, path):
         sha, files = self.files(repo, revision)
         if path not in files:
-            raise Refusal(404, "EntryNotFound")
+            raise Refusal(404, "EntryNotFound", commit=sha)
         content = files[path]
         headers = {"X-Repo-Commit": sha, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
         self.answer(content, headers=headers)
@@ -231,6 +235,8 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.requests.append((self.command, path))
             try:
+                if self.server.failing and re.search(self.server.failing, path):
+                    raise Refusal(500, message="try again later")
                 for verb, pattern, route in self.ROUTES:
                     if verb == method and (found := re.fullmatch(pattern, path)):
                         parts = {name: value for name, value in found.groupdict().items() if value is not None}

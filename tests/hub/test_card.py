@@ -8,6 +8,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import datasets
 import pytest
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
@@ -133,6 +134,20 @@ def test_resumed_time_and_emissions_add_up(cached, tmp_path):
     assert stage["emissions_grams"] == 1.5
     folder = prepare_folder(tmp_path / "checkpoint-4", tmp_path / "new", "org/ears")
     assert metadata_load(folder / "README.md")["co2_eq_emissions"]["emissions"] == 1.5
+
+
+def test_a_stream_is_called_one(cached, tmp_path):
+    """Nobody counts what is read of it, and the data are not left out of the card for that."""
+    rows = datasets.IterableDataset.from_generator(lambda: iter(tiny_rows(8)))
+    trainer = contrastive(tmp_path / "run", new_model(), rows, tiny_rows(4, 8), layers="0", max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    (stage,) = read_summary(tmp_path / "run")["stages"]
+    streamed, held_out = stage["data"]
+    assert streamed["streamed"] and streamed["utterances"] is streamed["hours"] is None and streamed["split"] == "train"
+    assert held_out["split"] == "held-out" and held_out["utterances"] == 4
+    card = (prepare_folder(tmp_path / "run", tmp_path / "new", "org/ears") / "README.md").read_text()
+    assert "| train | a stream | unknown |" in card
 
 
 def test_the_template_is_in_sdists_and_wheels(tmp_path):

@@ -235,6 +235,15 @@ def test_trainers_refuse_to_push_what_nobody_could_load(bases, cached, tmp_path)
         contrastive(tmp_path, new_model(), push_to_hub=True, hub_strategy="checkpoint")
 
 
+def test_a_refused_push_leaves_nothing_behind(cached, tmp_path, monkeypatch):
+    trainer = contrastive(tmp_path / "run", new_model())
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    with pytest.raises(PublishingError, match="is not a checkpoint"):
+        trainer._push(tmp_path / "nothing", "message")
+    assert not list((tmp_path / "temporary").iterdir())
+
+
 def test_a_model_whose_bases_are_folders_is_not_pushed(bases, tmp_path):
     with pytest.raises(CheckpointError, match="is a folder on this machine"):
         new_model(bases / "speech", bases / "llm").push_to_hub("org/ears")
