@@ -181,7 +181,10 @@ def serve(arguments: list[str]) -> None:
     parser = _parser("serve", serve)
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
-    parser.add_argument("--port", type=int, default=8000, help="0 for any free one")
+    parser.add_argument("--port", type=_port, default=8000, help="0 for any free one")
+    parser.add_argument(
+        "--allowed-hosts", nargs="+", default=[], help="further names of this machine in requests, e.g. a proxy's"
+    )
     parser.add_argument("--device", default=None, help="e.g. cuda:0 (default: a GPU if there is one, else the CPU)")
     parser.add_argument("--max-batch-size", type=_positive, default=8, help="prompts generated at once")
     parser.add_argument("--max-wait-ms", type=_milliseconds, default=20.0, help="how long a prompt waits for others")
@@ -199,7 +202,14 @@ def serve(arguments: list[str]) -> None:
         raise UsageError(f"`speechllm serve` needs {error.name}. Run `pip install 'speechllm[serve]'`.") from error
     limits = Limits(options.max_requests, options.max_audio_seconds, options.max_upload_mb, options.timeout)
     serve_model(
-        options.model, options.host, options.port, options.max_batch_size, options.max_wait_ms, limits, options.device
+        options.model,
+        options.host,
+        options.port,
+        options.max_batch_size,
+        options.max_wait_ms,
+        limits,
+        options.device,
+        options.allowed_hosts,
     )
 
 
@@ -278,6 +288,12 @@ def _milliseconds(text: str) -> float:
     if not 0 <= value <= 60_000:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 60000")
     return value
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or int(text) > 65_535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, a whole number from 0 to 65535")
+    return int(text)
 
 
 def _positive(text: str) -> int:

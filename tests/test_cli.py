@@ -115,6 +115,8 @@ def test_version_and_nothing(capsys):
         (["transcribe", "--model", "m", "--max-new-tokens", "0", "a.wav"], ["whole number above 0"]),
         (["info"], ["model"]),
         (["serve", "--model", "m", "--max-wait-ms", "nan"], ["number from 0 to 60000"]),
+        (["serve", "--model", "m", "--port", "65536"], ["from 0 to 65535"]),
+        (["serve", "--model", "m", "--port", "-1"], ["from 0 to 65535"]),
         (["quickstart", "--output", "x", "--stepps", "3"], ["stepps"]),
     ],
 )
