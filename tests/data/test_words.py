@@ -106,6 +106,6 @@ def test_joined_rows_join_their_words():
         assert " ".join(word["word"] for word in joined["words"]) == joined["text"]
         for i, word in enumerate(joined["words"]):
             assert word["start"] == pytest.approx(0.5 * (i // 2) + (0.3 if i % 2 else 0.1))
-        assert (joined["alignment"] == "forced") == ("0" not in joined["id"].split(" + "))
+        assert (joined["alignment"] == "forced") == ("0" not in [part["id"] for part in joined["parts"]])
     assert "words" not in joined_rows([{**row, "words": []} if 0 else {k: v for k, v in row.items() if k != "words"}
                                        for row in rows], 1, 1.5)[0]  # fmt: skip
