@@ -120,8 +120,8 @@ class ContrastiveArguments(SpeechLLMTrainingArguments):
     next_token_weight: float = field(
         default=0.0,
         metadata={
-            "help": "Weight of the next-token loss on the answers, `target` or the transcript. The paper's '+ asr' is 1; "
-            "with contrastive_weight 0 it is its ASR pretraining; rows of other tasks make training joint."
+            "help": "Weight of the next-token loss on the answers, `target` or the transcript: the paper's '+ asr' (it prints "
+            "no weight; 1 here), with contrastive_weight 0 its ASR pretraining. Rows of other tasks make training joint."
         },
     )
     mixed_weight: float = field(
