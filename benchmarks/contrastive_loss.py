@@ -252,7 +252,7 @@ def main(arguments: list[str] | None = None) -> dict:
     )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write times, ratios, machine and versions")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--quick", action="store_true", help="the two smallest cases, few repetitions")
+    parser.add_argument("--quick", action="store_true", help="the smallest case only, few repetitions")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch on CPUs (default: 1)")
     parser.add_argument(
         "--cases",

@@ -16,7 +16,7 @@ from .recipes import UsageError, parse_settings
 
 
 def quickstart(arguments: list[str]) -> None:
-    """real small models, real speech: pretrain, fine-tune, report (about 15 minutes on two cores)"""
+    """real small models, real speech: pretrain, fine-tune, report (under 20 minutes on two cores)"""
     from .quickstart.run import Quickstart
     from .quickstart.settings import QuickstartArguments
 

@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 # A handful of long prompts would cost pretraining as much as hundreds of the others. Fine-tuning hears them up to a length:
 # they hold a quarter of the words.
 LONGEST_UTTERANCE, LONGEST_FINE_TUNED = 8.0, 20.0  # seconds
-PRETRAINING_BATCH, FINE_TUNING_BATCH = 32, 8
+PRETRAINING_BATCH, FINE_TUNING_BATCH = 32, 4
 # One speech token per third of a second: per token that the LLM reads, it learns more than two or four.
 PROJECTOR = dict(num_queries=1, hidden_size=384, num_hidden_layers=2, num_attention_heads=6, intermediate_size=1536)
 # Half of the prompts are single words: fine-tuning hears random ones in a row (see `data/joining.py`).

@@ -1,4 +1,4 @@
-"""Settings of the quick start. The defaults take about a quarter of an hour on two cores."""
+"""Settings of the quick start. The defaults are meant to take under 20 minutes on two cores."""
 
 from dataclasses import dataclass, field
 
