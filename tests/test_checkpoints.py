@@ -1,7 +1,6 @@
 """Checkpoints: both kinds come back bit by bit, from folders and repositories, and nothing random is ever loaded."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from transformers import (
     HubertForCTC,
     WhisperForConditionalGeneration,
 )
+from without_package import run_without_package
 
 from speechllm import (
     CheckpointError,
@@ -673,15 +673,6 @@ def test_folders_that_cannot_be_written_are_explained(bases, tmp_path):
 # ---- where the package is not installed ----------------------------------------------------------------------------
 
 REMOTE = """
-import os, sys
-sys.path = [p for p in sys.path if not os.path.exists(os.path.join(p or ".", "speechllm"))]
-sys.meta_path = [f for f in sys.meta_path if "editable" not in str(f).lower()]
-try:
-    import speechllm
-except ImportError:
-    pass
-else:
-    raise SystemExit("the package is importable: the test would show nothing")
 import json
 import numpy as np
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor
@@ -728,14 +719,7 @@ def test_remote_code_where_the_package_is_not_installed(bases, tmp_path):
         model.save_pretrained(tmp_path / kind, kind=kind)
         processor.save_pretrained(tmp_path / kind)
     model.save_pretrained(tmp_path / "alone")
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    environment.pop("PYTHONPATH", None)
-    run = subprocess.run(
-        [sys.executable, "-c", REMOTE, tmp_path],
-        capture_output=True, text=True, timeout=250, env=environment, cwd=tmp_path,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    answers = json.loads(run.stdout.splitlines()[-1])
+    answers = run_without_package(REMOTE, tmp_path, tmp_path, timeout=250)
     assert len(answers) == 10 and len(set(answers)) == 1 and answers[0]
 
     saved = {

@@ -24,11 +24,10 @@ from transformers import AutoProcessor, StoppingCriteriaList, TextIteratorStream
 
 from ..audio_speechllm import SHORTEST, load_audio
 from ..configuration_speechllm import AUDIO_TOKEN
-from ..data.prompts import chat_of
+from ..data.prompts import chat_of, shared_prefix
 from ..evaluation.alignment import Alignment, align, plan_figure, similarity_figure
 from ..evaluation.plots import colour_variables, inline_svg, svg_document
 from ..modeling_speechllm import SpeechLLMForConditionalGeneration
-from ..trainers.aligned_states import shared_prefix
 
 
 logger = logging.getLogger(__name__)

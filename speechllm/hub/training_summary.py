@@ -28,8 +28,9 @@ SUMMARY = "training_summary.json"
 LIBRARIES = ("speechllm", "torch", "transformers", "accelerate", "peft", "datasets")
 # Settings that are always listed; others of this package's own are where they differ from the default.
 SETTINGS = (
-    "layers", "layer_schedule", "similarity", "temperature", "lora_rank", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "max_grad_norm", "bf16", "fp16", "gradient_checkpointing", "seed",
+    "layers", "layer_schedule", "similarity", "temperature", "lora_rank", "learning_rate", "lr_scheduler_type",
+    "warmup_steps", "weight_decay", "optim", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "max_grad_norm", "bf16", "fp16", "gradient_checkpointing", "seed",
 )  # fmt: skip
 NOT_SETTINGS = {"logging_steps", "per_device_eval_batch_size", "remove_unused_columns", "report_to"}
 PRIVATE = ("_cache", "_dir", "_path", "_file", "_token")  # endings of names of paths and secrets

@@ -31,32 +31,6 @@ class AlignedStates:
 Objective = Callable[[AlignedStates], dict[str, torch.Tensor]]
 
 
-def shared_prefix(prefix: str, processor) -> list[int]:
-    """Token ids of the setting `prefix` (see `ContrastiveArguments`).
-
-    Raises:
-        ValueError: if the LLM has nothing of the kind that the setting names.
-    """
-    tokenizer = processor.tokenizer
-    if prefix == "bos":
-        if tokenizer.bos_token is None:
-            raise ValueError("prefix is 'bos', but this LLM's tokenizer has no such token; use 'auto' or a text.")
-        prefix = tokenizer.bos_token
-    elif prefix == "auto":
-        # What a later user turn adds to a chat, up to its content: free of default system messages.
-        turns = [{"role": "user", "content": "HELLO"}, {"role": "assistant", "content": "ANSWER"}]
-        closing = processor.apply_chat_template(turns).rpartition("ANSWER")[2]
-        chat = processor.apply_chat_template([*turns, {"role": "user", "content": "QUESTION"}])
-        opening = chat.rpartition("QUESTION")[0].rpartition("ANSWER")[2].removeprefix(closing)
-        bos = tokenizer.bos_token or ""
-        prefix = opening if opening.startswith(bos) else bos + opening
-        if not prefix:
-            raise ValueError(
-                "prefix is 'auto', but this LLM's chat template opens user turns with nothing; give a text."
-            )
-    return tokenizer(prefix, add_special_tokens=False).input_ids if prefix else []
-
-
 def pool(states: AlignedStates) -> AlignedStates:
     """Each side's valid tokens replaced by their mean: lengths become 1."""
     text, text_mask = mean_pooled(states.text, states.text_mask)

@@ -31,10 +31,10 @@ from ..data.items import SpeechCollator, SpeechItems, approximate_length
 from ..data.sampling import DistinctBatchSampler
 from ..data.schema import Row, SetAside, undecoded, with_ids
 from ..data.streaming import Position, StreamBatches, StreamReaders
-from ..hub.pushing_trainer import PushingTrainer
 from ..modeling_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMModel
 from ..processing_speechllm import SpeechLLMProcessor
 from .frozen_states import fill_frame_cache, frame_cache
+from .pushing import PushingTrainer
 
 
 logger = logging.getLogger(__name__)

@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.trainer_utils import speed_metrics
 
 from ..data.items import AlignmentItems
+from ..data.prompts import shared_prefix
 from ..data.schema import Row
 from ..data.splits import words_of
 from ..evaluation.retrieval import retrieval_metrics
@@ -33,7 +34,7 @@ from ..objectives import (
 )
 from ..objectives.gathering import several_processes
 from ..objectives.layers import SIMILARITIES, Similarity, mean_pooled
-from .aligned_states import AlignedStates, Objective, first_items, pool, shared_prefix
+from .aligned_states import AlignedStates, Objective, first_items, pool
 from .base import SpeechLLMTrainer
 from .contrastive_config import ContrastiveArguments
 from .frozen_states import fill_text_state_cache, text_state_cache

@@ -363,7 +363,7 @@ def test_an_upload_that_is_too_large_takes_no_place(impatient):
             assert large.recv(100).startswith(b"HTTP/1.1 413"), how
 
 
-def test_nothing_is_buffered_of_an_upload_that_declares_too_much(impatient):
+def test_an_upload_that_declares_too_much_is_refused_before_its_body(impatient):
     service, address = impatient
     service.limits.timeout, service.limits.max_upload_mb = 0.5, 0.1
     with socket.create_connection(address) as large:
@@ -375,7 +375,7 @@ def test_nothing_is_buffered_of_an_upload_that_declares_too_much(impatient):
         assert large.recv(100).startswith(b"HTTP/1.1 413")  # not 408: nobody waited for a body
 
 
-def test_pieces_of_a_transcription_may_fill_the_context(impatient):
+def test_a_transcript_may_be_as_long_as_its_audio_allows(impatient):
     service, _ = impatient
     assert service.transcript_limit(8_000) == service.limits.default_max_tokens == 256
     assert service.transcript_limit(30 * 16_000) == 900

@@ -15,8 +15,8 @@ from tiny_training import (
 from transformers import TrainerCallback, set_seed
 
 from speechllm import AudioError
+from speechllm.data.prompts import shared_prefix
 from speechllm.objectives import cosine_similarity_matrix, layerwise_contrastive_loss
-from speechllm.trainers.aligned_states import shared_prefix
 
 
 class LayerCalls:

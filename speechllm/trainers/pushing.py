@@ -16,9 +16,9 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
+from ..hub.publishing import explained_refusal, prepare_folder
+from ..hub.training_summary import SUMMARY, read_summary, write_summary
 from ..pushing_speechllm import PROJECTOR_WEIGHTS, refuse_local_bases, upload_checkpoint
-from .publishing import explained_refusal, prepare_folder
-from .training_summary import SUMMARY, read_summary, write_summary
 
 
 logger = logging.getLogger(__name__)
