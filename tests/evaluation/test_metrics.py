@@ -1,4 +1,4 @@
-"""Retrieval, error rates and nearest tokens on cases small enough to count by hand."""
+"""Retrieval and nearest tokens on cases small enough to count by hand."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ from tiny import tiny_processor
 from tiny_training import tiny_rows, tiny_trainable
 
 from speechllm.evaluation.nearest_tokens import nearest_tokens
-from speechllm.evaluation.recognition import normalise, recognition_metrics
 from speechllm.evaluation.retrieval import retrieval_metrics
 
 
@@ -24,23 +23,6 @@ def test_equal_texts_ties_and_not_a_number():
     assert retrieval_metrics(similarity, ["same", "same"])["recall@1"] == 1
     assert retrieval_metrics(torch.ones(4, 4), list("abcd"))["recall@1"] == 0  # a collapsed model is no good one
     assert retrieval_metrics(torch.full((4, 4), torch.nan), list("abcd"))["recall@1"] == 0
-
-
-def test_normalisation():
-    assert normalise("  Don’t — STOP, 'now'! ") == "don't stop now"
-    assert normalise("naïve café_1") == "naïve café 1"
-    assert normalise("हिन्दी।") == "हिन्दी"  # vowel signs belong to the word
-    assert normalise("...") == ""
-
-
-def test_error_rates_of_a_corpus():
-    metrics = recognition_metrics(["one two three four", "Five", "..."], ["one two tree", "five!", "x"])
-    assert metrics["wer"] == pytest.approx(2 / 5)  # all edits over all words, not a mean of rates
-    assert metrics["cer"] == pytest.approx(6 / 22)
-    with pytest.raises(ValueError, match="2 references, but 1"):
-        recognition_metrics(["a", "b"], ["a"])
-    with pytest.raises(ValueError, match="No reference"):
-        recognition_metrics(["!"], ["a"])
 
 
 def test_nearest_tokens_are_one_per_speech_token():

@@ -1,0 +1,20 @@
+"""Character error rate of a corpus, spaces included (a fraction). Options: see `wer`."""
+
+import datasets
+import evaluate
+
+from speechllm.evaluation.metrics.error_rates import recognition
+from speechllm.evaluation.metrics.normalisation import normaliser
+from speechllm.evaluation.metrics.tasks import summary
+
+
+class CharacterErrorRate(evaluate.Metric):
+    def _info(self) -> evaluate.MetricInfo:
+        features = {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+        return evaluate.MetricInfo(
+            description=__doc__, citation="", inputs_description="", features=datasets.Features(features)
+        )
+
+    def _compute(self, predictions, references, normalisation="basic", alignment="levenshtein", bootstrap=0, seed=0):
+        metrics, _ = recognition(references, predictions, normaliser(normalisation), alignment)
+        return summary({"cer": metrics["cer"]}, {}, bootstrap, seed)
