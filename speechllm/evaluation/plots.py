@@ -25,7 +25,7 @@ import matplotlib
 import numpy as np
 from matplotlib import patheffects
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
+from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -183,27 +183,30 @@ def loss_of_runs(curves: Sequence[Curve], *, colours: Sequence[str] = SERIES) ->
     return figure
 
 
-def similarity_matrices(matrices: Mapping[str, Sequence[Sequence[Number]]]) -> Figure:
+def similarity_matrices(
+    matrices: Mapping[str, Sequence[Sequence[Number]]], *, label: str = "cosine similarity"
+) -> Figure:
     """Similarity of every transcript (row) with every recording (column), on one colour scale.
 
     A dot marks a recording whose most similar transcript is its own (it lies on the diagonal), a cross marks the
     wrong transcript that won.
 
     Args:
-        matrices: label, such as "before", -> (texts, utterances) similarities, matching pairs on the diagonal.
+        matrices: name, such as "before", -> (texts, utterances) similarities, matching pairs on the diagonal.
+        label: of the colour scale.
     """
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(NARROW, 2.6), layout="compressed")
         panels = figure.subplots(1, max(2, len(matrices)), squeeze=False)[0]
-        arrays = {label: _matrix(rows) for label, rows in matrices.items()}
+        arrays = {name: _matrix(rows) for name, rows in matrices.items()}
         values = np.concatenate([array[np.isfinite(array)].ravel() for array in arrays.values()] or [np.zeros(1)])
         low, high = (values.min(), values.max()) if len(values) else (0.0, 1.0)
         image = None
-        for axes, (label, array) in zip(panels, arrays.items(), strict=False):
+        for axes, (name, array) in zip(panels, arrays.items(), strict=False):
             image = axes.imshow(array, vmin=low, vmax=high, cmap="viridis", interpolation="none")
             found, best = diagonal_hits(array)
             _mark_winners(axes, best)
-            axes.set_title(f"{label}: {found} of {array.shape[1]}")
+            axes.set_title(f"{name}: {found} of {array.shape[1]}")
             axes.set_xlabel("recordings")
             axes.set_xticks([])
             axes.set_yticks([])
@@ -212,7 +215,7 @@ def similarity_matrices(matrices: Mapping[str, Sequence[Sequence[Number]]]) -> F
             axes.axis("off")
         if image is not None:
             bar = figure.colorbar(image, ax=panels[: len(arrays)], location="bottom", aspect=40, shrink=0.8, pad=0.03)
-            bar.set_label("cosine similarity", fontsize=8.5)
+            bar.set_label(label, fontsize=8.5)
             bar.outline.set_visible(False)
             bar.ax.tick_params(labelsize=8)
     return figure
@@ -252,6 +255,77 @@ def error_rate_bars(
         axes.xaxis.set_major_formatter(PercentFormatter(decimals=0))
         axes.tick_params(axis="x", length=0, labelsize=8.5)
         axes.spines[["bottom", "left"]].set_visible(False)
+    return figure
+
+
+def lines_per_place(
+    curves: Mapping[str, Mapping[str, Number | Sequence[Number]]],
+    measure: str,
+    *,
+    references: Mapping[str, Number] | None = None,
+    limits: tuple[Number, Number] = (None, None),
+    places: str = "layer of the LLM (0 = its input)",
+) -> Figure:
+    """One measure at several places of the model, in the order of the first curve, evenly spaced.
+
+    Args:
+        curves: label -> place -> value, or (value, low, high), whose interval is drawn as a band.
+        measure: what the values are, for the axis.
+        references: label -> value, such as what guessing gives; dashed lines.
+        limits: lowest and highest value of the axis; by default those of the data.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panel(3.0)
+        names = [str(place) for place in dict.fromkeys(place for values in curves.values() for place in values)]
+        for number, (label, values) in enumerate(curves.items()):
+            colour, marker = (series[number % len(series)] for series in (SERIES, MARKERS))
+            triples = [
+                (*value, None, None)[:3] if isinstance(value, Sequence) else (value, None, None)
+                for value in values.values()
+            ]
+            at = [names.index(str(place)) for place in values]
+            table = np.array([[_number(entry) for entry in triple] for triple in triples], dtype=float).reshape(-1, 3)
+            axes.plot(at, table[:, 0], marker=marker, markersize=4.5, color=COLOURS[colour][0], label=_short(label))
+            axes.fill_between(at, table[:, 1], table[:, 2], color=COLOURS[colour][0], alpha=0.16, linewidth=0)
+        for label, value in (references or {}).items():
+            if math.isfinite(_number(value)):
+                axes.axhline(value, color=COLOURS["red"][0], linestyle="--", linewidth=1.2, label=_short(label))
+        axes.set_ylim(*limits)
+        axes.set_xticks(range(len(names)), names)
+        axes.set_xlabel(places)
+        axes.set_ylabel(measure)
+        axes.grid(axis="x", visible=False)
+        _legend_above(axes, columns=1)
+    return figure
+
+
+def value_map(values: Mapping[str, Mapping[str, tuple[Number, str]]], measure: str) -> Figure:
+    """A table in colours: rows and columns by name, a number in [0, 1] as the colour of a cell, a text in it.
+
+    Args:
+        values: row -> column -> (colour's number, text); the first row has all columns.
+        measure: what the colours say.
+    """
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        columns = list(next(iter(values.values()), {}))
+        figure, axes = _panel(1.25 + 0.33 * max(1, len(values)), width=max(WIDTH, 1.2 + 0.5 * len(columns)))
+        shades = LinearSegmentedColormap.from_list("from_clear", [f"{COLOURS['blue'][0]}00", COLOURS["blue"][0]])
+        table = _matrix([[row.get(column, (None, ""))[0] for column in columns] for row in values.values()])
+        if table.size:
+            edges = np.arange(max(table.shape) + 1) - 0.5
+            mesh = axes.pcolormesh(
+                edges[: table.shape[1] + 1], edges[: table.shape[0] + 1], table, cmap=shades, vmin=0, vmax=1.6
+            )
+            mesh.set_edgecolor("face")
+        for y, row in enumerate(values.values()):
+            for x, column in enumerate(columns):
+                axes.annotate(row.get(column, (None, ""))[1], (x, y), ha="center", va="center", fontsize=8.5)
+        axes.set_ylim(len(values) - 0.5, -0.5)
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_yticks(range(len(values)), [_short(label) for label in values])
+        axes.tick_params(length=0)
+        axes.set_xlabel(measure)
+        axes.spines[["left", "bottom"]].set_visible(False)
     return figure
 
 

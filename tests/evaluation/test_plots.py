@@ -28,6 +28,14 @@ FIGURES = {
     "runs": lambda: plots.loss_of_runs([("a", [1, 2], [3.0, 2.0]), ("b", [1, 2], [None, 2.5])]),
     "similarity": lambda: plots.similarity_matrices({"before": EYE[::-1], "after": EYE}),
     "bars": lambda: plots.error_rate_bars([{"label": "a", "wer": 1.21, "cer": None}, {"label": "b", "wer": 0.5}]),
+    "places": lambda: plots.lines_per_place(
+        {"a": {"encoder": (0.9, 0.8, 0.95), "0": (0.5, None, None)}, "b": {"encoder": 0.7, "0": None}},
+        "accuracy",
+        references={"guessing": 0.3, "unknown": None},
+    ),
+    "map": lambda: plots.value_map(
+        {"words": {"0": (0.4, "0.70"), "5": (None, "?")}, "noise": {"0": (1.0, "1")}}, "place"
+    ),
 }
 EMPTY = {
     "recall": lambda: plots.recall_per_layer({}),
@@ -38,6 +46,8 @@ EMPTY = {
     "similarity": lambda: plots.similarity_matrices({"before": [[math.nan, None], [None, None]]}),
     "no similarity": lambda: plots.similarity_matrices({}),
     "bars": lambda: plots.error_rate_bars([]),
+    "places": lambda: plots.lines_per_place({}, "accuracy"),
+    "map": lambda: plots.value_map({}, "place"),
     "bars without numbers": lambda: plots.error_rate_bars([{"label": "a", "wer": math.nan}]),
 }
 
