@@ -9,7 +9,7 @@ arXiv 1705.09634, Algorithm 2). The gradient takes P as a constant; for the best
 import torch
 from torch.nn import functional as F
 
-from .sinkhorn import (
+from .pairwise_transport import (
     by_autograd,
     check_schedule,
     check_sequences,

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import TrainerCallback
 
 from speechllm.objectives import masked_mean
+from speechllm.objectives.layers import SIMILARITIES
 
 
 def late_interaction(text, text_mask, speech, speech_mask):
@@ -43,6 +44,7 @@ class Watch(TrainerCallback):
 RUNS = {
     "cosine": {"symmetric": True},
     "tokens": {"similarity": late_interaction},
+    "wasserstein": {"similarity": SIMILARITIES["wasserstein"], "symmetric": True},
     "accumulated": {"gradient_accumulation_steps": 2},
     "gradcache": {"gradcache_chunk": 3, "symmetric": True, "objectives": {"scale": (0.1, scale)}},
     "gradcache tokens": {"gradcache_chunk": 3, "similarity": late_interaction, "gradient_accumulation_steps": 2},
