@@ -1,7 +1,13 @@
 """From whatever a user calls audio to what an encoder hears: mono float32 at 16 kHz.
 
-`load_audio` takes a path, the bytes of an audio file, a NumPy array, a torch tensor, or a row of a `datasets` audio
-column. `soundfile` decodes (the content decides the format, not the name) and `torchaudio` resamples. Audio that no
+`load_audio` takes a path, the bytes of an audio file, a NumPy array, a torch tensor, or a dict:
+
+    {"array", "sampling_rate"}, {"bytes"}, {"path"}     a row of a `datasets` audio column
+    {"path", "offset", "duration"}                      seconds of a long recording, of which no more is read
+    {"path", "byte_offset", "byte_length"}              a file inside a tar archive
+    {"parts": [source, ...]}                            several, one after the other
+
+`soundfile` decodes (the content decides the format, not the name) and `torchaudio` resamples. Audio that no
 recogniser could make sense of raises an `AudioError`, so that training can set the utterance aside and count it.
 """
 
@@ -59,7 +65,7 @@ def load_audio(
 
     Args:
         source: path, bytes of an audio file, samples of shape (time,), (channels, time) or (time, channels) as floats
-            in [-1, 1] or integers, or a dict with `array` and `sampling_rate`, with `bytes`, or with `path`.
+            in [-1, 1] or integers, or a dict (module docstring).
         sampling_rate: of samples, in Hz; 16,000 if not given. A file knows its own.
         name: what error messages call this item; default: the path or the kind of source.
         shortest: samples at 16 kHz that there must be at least.
@@ -79,9 +85,18 @@ def load_audio(
         name = name or source.get("path")
         if source.get("array") is not None:
             return load_audio(source["array"], source.get("sampling_rate", sampling_rate), name, shortest, max_seconds)
+        if source.get("parts"):
+            parts = [load_audio(part, sampling_rate, None, 1, max_seconds) for part in source["parts"]]
+            return _checked(np.concatenate(parts), SAMPLING_RATE, name or "The audio", shortest, max_seconds)
         inner = source.get("bytes") or source.get("path")
         if not inner:
             raise AudioError(f"{name or 'The audio'} is a dict without `array`, `bytes` or `path`. Give one of them.")
+        if source.get("offset") is not None or source.get("duration") is not None:
+            name = name or "the audio bytes"
+            samples, rate = read_segment(source, name, max_seconds)
+            return _resampled(_checked(samples, rate, name, shortest, max_seconds), rate, name)
+        if source.get("byte_length"):
+            inner = read_bytes(source)
         return load_audio(inner, sampling_rate, name, shortest, max_seconds)
     if isinstance(source, str | os.PathLike):
         name = str(source) if name in (None, str(source)) else f"{name} ({source})"
@@ -116,24 +131,58 @@ def cut_at_pauses(samples: np.ndarray, max_seconds: float) -> list[tuple[int, in
     return list(itertools.pairwise([*cuts, len(samples)]))
 
 
-def _read(path: str | os.PathLike, name: str) -> bytes:
+def read_segment(
+    source: dict[str, Any], name: str | None = None, max_seconds: float | None = None
+) -> tuple[np.ndarray, int]:
+    """Samples (time,), mean over the channels, at their own rate, of a dict with `path` (or `bytes`), `offset` and
+    `duration` in seconds; and that rate. What lies before and after is not decoded.
+
+    Raises:
+        AudioError: if the recording cannot be read, or ends more than half a second before the segment does.
+    """
+    path = source.get("path")
+    name = name or str(path)
+    name = name if not path or str(path) in name else f"{name} ({path})"
+    start, seconds = source.get("offset") or 0.0, source.get("duration")
+    for what, value in (("offset", start), ("duration", math.inf if seconds is None else seconds)):
+        if isinstance(value, str) or not value >= 0:
+            raise AudioError(f"{name} has the {what} {value!r}. Give seconds, at least 0.")
+    if not source.get("bytes") and not Path(path).is_file():
+        raise AudioError(f"{name}: there is no such file. Check the path.")
+    return _decode(source.get("bytes") or str(path), name, max_seconds, float(start), seconds)
+
+
+def read_bytes(source: dict[str, Any]) -> bytes:
+    """`byte_length` bytes of the file `path`, from `byte_offset` on."""
+    data = _read(source["path"], str(source["path"]), source.get("byte_offset") or 0, source["byte_length"])
+    if len(data) < source["byte_length"]:
+        raise AudioError(f"{source['path']} ends {source['byte_length'] - len(data):,} bytes too early. Copy it again.")
+    return data
+
+
+def _read(path: str | os.PathLike, name: str, start: int = 0, length: int = -1) -> bytes:
     if str(path).startswith(("http://", "https://")):
         raise AudioError(f"{name} is an address. Download it first and give the file's path.")
     try:
-        return Path(path).read_bytes()
+        with open(path, "rb") as file:
+            file.seek(start)
+            return file.read(length)
     except FileNotFoundError:
         raise AudioError(f"{name}: there is no such file. Check the path.") from None
     except OSError as error:
         raise AudioError(f"{name} cannot be read: {error.strerror}. Check the path and its permissions.") from None
 
 
-def _decode(data: bytes, name: str, max_seconds: float | None) -> tuple[np.ndarray, int]:
-    """Bytes of an audio file -> samples (time,), mean over its channels, and sampling rate."""
+def _decode(
+    data: bytes | str, name: str, max_seconds: float | None, offset: float = 0.0, duration: float | None = None
+) -> tuple[np.ndarray, int]:
+    """An audio file, its bytes or its path, from `offset` on -> samples (time,), mean over its channels, and sampling
+    rate. `duration` seconds of it where that is given, else all, which must be there."""
     if soundfile is None:
         raise AudioError(f"{name} cannot be decoded: the package soundfile is missing. Run `pip install soundfile`.")
     if not data:
         raise AudioError(f"{name} is an empty file. Record or download it again.")
-    if data[:4] == b"RIFF" and data[8:12] == b"WAVE":
+    if duration is None and data[:4] == b"RIFF" and data[8:12] == b"WAVE":
         declared = int.from_bytes(data[4:8], "little")
         # Streams of unknown length declare 0 or the largest number; those are complete as they are.
         if 0 < declared < 0xFFFFFF00 and declared > len(data) - 8 + 1:
@@ -142,19 +191,31 @@ def _decode(data: bytes, name: str, max_seconds: float | None) -> tuple[np.ndarr
                 "Download or copy it again."
             )
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
+        with soundfile.SoundFile(data if isinstance(data, str) else io.BytesIO(data)) as file:
             rate, declared = file.samplerate, file.frames
             _check_rate(rate, name)
             _check_channels(file.channels, name)
+            wanted = math.inf if duration is None else round(duration * rate)
+            if offset:
+                file.seek(min(round(offset * rate), declared))
+                declared -= round(offset * rate)
+            if duration is not None:
+                if wanted - declared > rate / 2:
+                    raise AudioError(
+                        f"{name} ends {(wanted - declared) / rate:.1f} seconds before the segment that begins at "
+                        f"{offset:g} and lasts {duration:g} does. Correct the segment's times, or download it again."
+                    )
+                declared = max(0, min(declared, wanted))
             limit = math.inf if max_seconds is None else int(max_seconds * rate)
             budget = math.inf if max_seconds is None else max(int(max_seconds * BUDGET_RATE), SMALLEST_BUDGET)
             decoded, count = bytearray(), 0  # which grows without a second copy
             # A header may claim any length: memory is taken for what is there, not for that.
             while count <= min(limit, budget):
-                block = file.read(BLOCK, dtype="float32", always_2d=True)
+                size = min(BLOCK, wanted - count)
+                block = file.read(size, dtype="float32", always_2d=True)
                 decoded += block.mean(axis=1).data
                 count += len(block)
-                if len(block) < BLOCK:
+                if len(block) < size or not size:
                     break
             samples = np.frombuffer(decoded, dtype=np.float32)
     except AudioError:
@@ -266,4 +327,4 @@ def _resampled(samples: np.ndarray, rate: float, name: str) -> np.ndarray:
     return resample(torch.from_numpy(np.ascontiguousarray(samples)), rate, SAMPLING_RATE).numpy()
 
 
-__all__ = ["AudioError", "AudioTooLongError", "cut_at_pauses", "load_audio"]
+__all__ = ["AudioError", "AudioTooLongError", "cut_at_pauses", "load_audio", "read_bytes", "read_segment"]

@@ -116,7 +116,7 @@ def _as_options(recipe: dict[str, Any]) -> list[str]:
         if value is None:
             continue
         if isinstance(value, list):
-            options += [f"--{name}", *map(str, value)]
+            options += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in value)]
         elif isinstance(value, dict):
             options.append(f"--{name}={json.dumps(value)}")
         else:

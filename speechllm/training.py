@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +11,10 @@ from transformers import AutoProcessor, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from .configuration_speechllm import SpeechLLMProjectorConfig
-from .data.schema import Row, load_rows, load_stream
+from .data.mixtures import fraction_of, interleaved, mixture
+from .data.prompts import PROMPTS, with_drawn_prompt
+from .data.schema import Row, SetAside, with_ids
+from .data.sources import MANIFESTS, Spec, load_source, parse_spec, read_specs, stream_source
 from .data.splits import split_by_cluster
 from .modeling_speechllm import SpeechLLMForConditionalGeneration
 from .processing_speechllm import SpeechLLMProcessor
@@ -64,12 +66,13 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Which data: manifests of rows with `audio` and `text`, or a stream of such rows."""
+    """Which data: sources of rows (`data/sources.py`), mixed; or streams of such rows."""
 
-    train_data: str = field(
+    train_data: list[str] = field(  # of specs; from Python, also one, or dicts
         metadata={
-            "help": "Manifest to train on: .jsonl, .json, .csv or .tsv. With --streaming: a folder of Parquet or JSON "
-            "Lines files, one such file, or the id of a data set on the Hub."
+            "help": "Sources to train on: manifests (.jsonl, .json, .csv, .tsv, .parquet), folders, corpora "
+            "(must-c:FOLDER?split=train), data sets of the Hub (hub:owner/name), or a .yaml file with a list of them; "
+            "see docs/data.md."
         }
     )
     streaming: bool = field(
@@ -82,19 +85,48 @@ class DataArguments:
         default=None,
         metadata={"help": 'The data\'s own names of columns as JSON, e.g. \'{"text": "sentence"}\'.'},
     )
-    eval_data: str | None = field(default=None, metadata={"help": "Manifest of held-out rows."})
+    eval_data: list[str] | None = field(default=None, metadata={"help": "Sources of held-out rows."})
     held_out: int = field(
         default=0, metadata={"help": "Without --eval_data: hold out so many texts, with their near-duplicates."}
     )
-    maximum_seconds: float | None = field(
-        default=None, metadata={"help": "Leave out longer rows (where the manifest has a `duration`)."}
-    )
+    minimum_seconds: float | None = field(default=None, metadata={"help": "Leave out shorter training rows."})
+    maximum_seconds: float | None = field(default=None, metadata={"help": "Leave out longer training rows."})
     train_fraction: float = field(
         default=1.0,
-        metadata={"help": "Train on this part of the rows, drawn once for all: a smaller part lies in a larger one."},
+        metadata={
+            "help": "Train on this part of every source, drawn by --subset_seed: a smaller part lies in a larger one."
+        },
     )
+    mixture_temperature: float = field(
+        default=1.0,
+        metadata={"help": "Above 1: small sources come more often than their size says (see data/mixtures.py)."},
+    )
+    prompts: str = field(
+        default="first",
+        metadata={
+            "help": "Instructions of training rows without one: the task's 'first' wording, or one that is 'drawn'."
+        },
+    )
+    prompt_languages: list[str] = field(
+        default_factory=lambda: ["en"],
+        metadata={"help": "Of drawn instructions: codes, or 'answer' for the language of the answer."},
+    )
+    subset_seed: int = field(
+        default=0, metadata={"help": "Of fractions, mixtures and drawn instructions (not of the order in training)."}
+    )
+    strict: bool = field(
+        default=False,
+        metadata={
+            "help": "Decode all audio first, and stop at the first row that cannot be used, instead of setting it aside."
+        },
+    )
+    set_aside: list[SetAside] = field(default_factory=list, init=False)  # by `load`
+    reports: list[str] = field(default_factory=list, init=False)  # one per source, by `load`
 
     def __post_init__(self):
+        self.train_data = [self.train_data] if isinstance(self.train_data, str | dict) else list(self.train_data)
+        if isinstance(self.eval_data, str | dict):
+            self.eval_data = [self.eval_data]
         if isinstance(self.columns, str):
             try:
                 self.columns = json.loads(self.columns)
@@ -106,33 +138,67 @@ class DataArguments:
             raise UsageError(f"--columns is {self.columns!r}; it must map our names of columns to the data's.")
         if not 0 < self.train_fraction <= 1:
             raise UsageError(f"--train_fraction is {self.train_fraction}; it must be above 0 and at most 1.")
-        if self.streaming and self.train_fraction < 1:
-            raise UsageError("--train_fraction needs all rows at once, --streaming never has them; give fewer rows.")
-        if self.streaming and self.held_out:
-            raise UsageError("--held_out needs all rows at once, --streaming never has them; give --eval_data instead.")
+        if not self.mixture_temperature > 0:
+            raise UsageError(f"--mixture_temperature is {self.mixture_temperature}; it must be above 0.")
+        if self.prompts not in ("first", "drawn"):
+            raise UsageError(f"--prompts is {self.prompts!r}; use 'first' or 'drawn'.")
+        for name, value in (("train_fraction", self.train_fraction < 1), ("held_out", self.held_out),
+                            ("strict", self.strict), ("mixture_temperature", self.mixture_temperature != 1)):  # fmt: skip
+            if self.streaming and value:
+                raise UsageError(f"--{name} needs all rows at once, --streaming never has them; leave it out.")
 
     def load(self) -> tuple[list[Row] | IterableDataset, list[Row]]:
-        """Training rows, or a stream of them, and held-out rows."""
+        """Training rows, or a stream of them, and held-out rows. What cannot be used is in `set_aside` afterwards, and
+        counted in `reports`.
+
+        Raises:
+            ManifestError: if a source cannot be used; with `strict`, if a row cannot.
+        """
+        self.set_aside, self.reports = [], []
+        specs = read_specs(self.train_data)
+        held_out = [row for spec in read_specs(self.eval_data or []) for row in self._loaded(spec)]
         if self.streaming:
-            train = load_stream(self.train_data, self.columns, self.data_config, self.data_split)
-            if self.maximum_seconds is not None:
-                train = train.filter(self._is_short)
-        else:
-            train = list(filter(self._is_short, load_rows(self.train_data, self.columns)))
-        if self.eval_data:
-            held_out = load_rows(self.eval_data, self.columns)
-        else:
-            train, held_out = (
-                split_by_cluster(train, test_texts=self.held_out, seed=0) if self.held_out else (train, [])
-            )
-        return (self._fraction(train) if self.train_fraction < 1 else train), held_out
+            return self._stream(specs), with_ids(held_out)
+        limits = {"minimum_seconds": self.minimum_seconds, "maximum_seconds": self.maximum_seconds}
+        parts = [self._loaded(spec, **limits) for spec in specs]
+        if self.held_out and not self.eval_data:
+            together = [row for part in parts for row in part]
+            train, held_out = split_by_cluster(together, test_texts=self.held_out, seed=0)
+            kept = {id(row) for row in train}
+            parts = [[row for row in part if id(row) in kept] for part in parts]
+            if not all(parts):
+                raise UsageError(
+                    "--held_out leaves nothing of a source to train on; hold out less, or give --eval_data."
+                )
+        parts = [fraction_of(part, self.train_fraction, self.subset_seed) for part in parts]
+        weights = [parse_spec(spec).weight for spec in specs]
+        train = mixture(parts, weights, self.mixture_temperature, self.subset_seed)
+        return (list(map(self._prompted, train)) if self.prompts == "drawn" else train), with_ids(held_out)
 
-    def _fraction(self, rows: list[Row]) -> list[Row]:
-        order = random.Random("train_fraction").sample(range(len(rows)), len(rows))
-        return [rows[i] for i in sorted(order[: max(1, round(self.train_fraction * len(rows)))])]
+    def _loaded(self, spec: Spec, **limits: float | None) -> list[Row]:
+        loaded = load_source(spec, self.strict, columns=self.columns, seed=self.subset_seed, **limits)
+        self.set_aside += loaded.set_aside
+        self.reports.append(loaded.report(spec if isinstance(spec, str) else spec["source"]))
+        return loaded.rows
 
-    def _is_short(self, row: Row) -> bool:
-        return self.maximum_seconds is None or (row.get("duration") or 0) <= self.maximum_seconds
+    def _stream(self, specs: list[Spec]) -> IterableDataset:
+        specs = [self._on_the_hub(spec) for spec in specs]
+        limits = {"minimum_seconds": self.minimum_seconds, "maximum_seconds": self.maximum_seconds}
+        streams = [stream_source(spec, self.columns, **limits, packed=len(specs) > 1) for spec in specs]
+        weights = [parse_spec(spec).weight for spec in specs]
+        stream = interleaved(streams, weights, self.subset_seed) if len(specs) > 1 else streams[0]
+        return stream.map(self._prompted) if self.prompts == "drawn" else stream
+
+    def _on_the_hub(self, spec: Spec) -> Spec:
+        """A line that names nothing here is a data set of the Hub, with `data_config` and `data_split`."""
+        here = not isinstance(spec, str) or os.path.exists(spec) or Path(spec).suffix in MANIFESTS
+        if here or ":" in spec or "{" in spec:
+            return spec
+        named = {"name": self.data_config} if self.data_config else {}
+        return {"source": f"hub:{spec}", "split": self.data_split, **named}
+
+    def _prompted(self, row: Row) -> Row:
+        return with_drawn_prompt(row, self.subset_seed, self.prompt_languages)
 
 
 def load_model(
@@ -173,7 +239,9 @@ def run_training(trainer: SpeechLLMTrainer) -> None:
         if metrics:
             trainer.save_metrics("eval", metrics)
         for name, value in sorted(metrics.items()):
-            if isinstance(value, float) and ("_mean" in name or name in ("eval_loss", "eval_wer", "eval_cer")):
+            if isinstance(value, float) and (
+                "_mean" in name or name == "eval_loss" or name.removeprefix("eval_").split("_")[0] in PROMPTS
+            ):
                 print(f"{name.removeprefix('eval_'):<20}{value:.4f}")
         if trainer.set_aside:
             print(f"{len(trainer.set_aside)} utterance(s) set aside, see {folder / 'set_aside.jsonl'}")

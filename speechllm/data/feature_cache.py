@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..audio_speechllm import AudioError, AudioSource
+from ..audio_speechllm import AudioError, AudioSource, read_bytes, read_segment
 
 
 logger = logging.getLogger(__name__)
@@ -108,6 +108,12 @@ def audio_key(audio: AudioSource, sampling_rate: int | None = None) -> str:
     if isinstance(audio, dict):
         if audio.get("array") is not None:
             return audio_key(audio["array"], audio.get("sampling_rate", sampling_rate))
+        if audio.get("parts"):
+            return text_key(" ".join(audio_key(part, sampling_rate) for part in audio["parts"]))
+        if audio.get("offset") is not None or audio.get("duration") is not None:
+            return audio_key(*read_segment(audio))  # its samples: hashing the whole recording would cost more
+        if audio.get("byte_length"):
+            return audio_key(read_bytes(audio))
         inner = audio.get("bytes") or audio.get("path")
         if not inner:
             raise AudioError("The audio is a dict without `array`, `bytes` or `path`. Give one of them.")

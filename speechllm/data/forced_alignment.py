@@ -25,7 +25,7 @@ from transformers import AutoModelForCTC, AutoProcessor, Wav2Vec2CTCTokenizer
 
 from ..audio_speechllm import AudioError, load_audio
 from ..configuration_speechllm import SAMPLING_RATE
-from .schema import ManifestError, Row, SetAside, load_rows
+from .schema import ManifestError, Row, SetAside, load_rows, located_audio
 
 
 logger = logging.getLogger(__name__)
@@ -245,6 +245,8 @@ def _write_lines(path: Path, rows: list[Row]) -> None:
 
 def _portable(row: Row, folder: Path) -> Row:
     """The row as a manifest in `folder` has it: audio inside the folder by its relative path, all else by its absolute."""
+    if isinstance(row["audio"], dict):  # a segment
+        return {**row, "audio": located_audio(row["audio"], os.getcwd())}
     audio, folder = Path(row["audio"]).resolve(), folder.resolve()
     inside = audio.is_relative_to(folder)
     named = {} if row["id"] == row["audio"] else {"id": row["id"]}

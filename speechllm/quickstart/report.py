@@ -17,24 +17,18 @@ about three seconds.
 
 from __future__ import annotations
 
-import base64
-import difflib
-import io
 import json
 import logging
-import math
-import os
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import soundfile
-from jinja2 import Environment
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from speechllm.evaluation import plots
+from speechllm.evaluation.page import audio_address, inline_plot, render, strict_json, word_diff, write_whole
 from speechllm.quickstart import takeaways
 
 
@@ -64,34 +58,8 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
     """
     folder = Path(folder)
     report = strict_json(report)
-    _write_whole(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    _write_whole(folder / "report.html", render_html(report, folder / "plots"))
-
-
-def strict_json(value: Any, place: str = "report") -> Any:
-    """A copy in plain JSON types: NaN and infinities as `None`, keys and paths as text, arrays and tensors as lists.
-
-    Characters that neither JSON readers nor web pages accept (lone surrogates, control characters) become "\\ufffd".
-
-    Raises:
-        TypeError: a value has no JSON form; the message names its place.
-    """
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, (str, os.PathLike)):
-        text = os.fspath(value)
-        return "".join(character if _is_printable(character) else "\ufffd" for character in text)
-    if isinstance(value, Mapping):
-        return {strict_json(str(key)): strict_json(item, f"{place}.{key}") for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [strict_json(item, f"{place}[{number}]") for number, item in enumerate(value)]
-    if hasattr(value, "tolist"):  # NumPy arrays and scalars, torch tensors
-        return strict_json(value.tolist(), place)
-    raise TypeError(f"{place} is a {type(value).__name__}, which JSON cannot hold; turn it into text or numbers first.")
+    write_whole(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_whole(folder / "report.html", render_html(report, folder / "plots"))
 
 
 def render_html(report: dict[str, Any], plot_folder: Path) -> str:
@@ -100,17 +68,10 @@ def render_html(report: dict[str, Any], plot_folder: Path) -> str:
     texts = (report.get("data") or {}).get("test_utterances")
     tuned = _comparisons(fine_tuning)
     figures = _pretraining_figures(pretraining, texts) | _fine_tuning_figures(fine_tuning, tuned)
-    drawn = {}
-    for name, (figure, alternative) in figures.items():
-        document = plots.svg_document(figure)
-        figure.set_layout_engine("none")  # laid out already
-        _write_whole(plot_folder / f"{name}.svg", document)
-        _write_whole(plot_folder / f"{name}.png", plots.png_bytes(figure))
-        drawn[name] = Markup(plots.inline_svg(document, name, alternative))
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"duration": takeaways.duration, "percent": takeaways.percent}
-    template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
-    page = template.render(
+    drawn = {name: inline_plot(figure, name, text, plot_folder) for name, (figure, text) in figures.items()}
+    return render(
+        Path(__file__).with_name("report.html.jinja"),
+        filters={"duration": takeaways.duration, "percent": takeaways.percent},
         report=report,
         figures=drawn,
         comparisons=tuned,
@@ -119,10 +80,7 @@ def render_html(report: dict[str, Any], plot_folder: Path) -> str:
         texts=texts,
         samples=_sample_views(report.get("samples") or [], fine_tuning),
         tokens=[_token_view(row) for row in pretraining.get("nearest_tokens") or []],
-        light=Markup(plots.colour_variables(dark=False)),
-        dark=Markup(plots.colour_variables(dark=True)),
     )
-    return page.lstrip()
 
 
 def _pretraining_figures(pretraining: Mapping[str, Any], texts: int | None) -> dict[str, tuple[Figure, str]]:
@@ -230,48 +188,6 @@ def _sample_views(samples: Sequence[Mapping[str, Any]], fine_tuning: Mapping[str
     return views
 
 
-def audio_address(path: Path) -> str:
-    """A mono, compressed copy of an audio file as a `data:` address for `<audio>`.
-
-    Raises:
-        OSError: the file is missing or cannot be opened.
-        soundfile.SoundFileError: it is not audio.
-    """
-    with path.open("rb") as file:
-        samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
-    kinds = [("MP3", "audio/mpeg")] if "MP3" in soundfile.available_formats() else []
-    for kind, mime in [*kinds, ("FLAC", "audio/flac")]:
-        target = io.BytesIO()
-        try:
-            soundfile.write(target, samples.mean(axis=1), rate, format=kind)
-        except soundfile.SoundFileError:
-            if kind == "FLAC":  # MP3 knows few sampling rates, FLAC all
-                raise
-            continue
-        return f"data:{mime};base64,{base64.b64encode(target.getvalue()).decode()}"
-    raise AssertionError("unreachable: FLAC either returns or raises")
-
-
-def word_diff(reference: str, hypothesis: str) -> list[dict[str, str]]:
-    """The hypothesis as runs of words: `same`, `wrong` (with what was `said`), `extra`, `missing` (only `said`).
-
-    Words are compared without case and punctuation and shown as written.
-    """
-    sides = [[(key, word) for word in text.split() if (key := _key(word))] for text in (reference, hypothesis)]
-    said, heard = ([word for _, word in side] for side in sides)
-    matcher = difflib.SequenceMatcher(None, *([key for key, _ in side] for side in sides), autojunk=False)
-    kinds = {"equal": "same", "replace": "wrong", "insert": "extra", "delete": "missing"}
-    return [
-        {"kind": kinds[tag], "said": " ".join(said[a:b]), "heard": " ".join(heard[c:d])}
-        for tag, a, b, c, d in matcher.get_opcodes()
-    ]
-
-
-def _key(word: str) -> str:
-    """What counts of a word when two are compared: letters and digits in lower case."""
-    return "".join(character for character in word.casefold() if character.isalnum())
-
-
 def _token_view(row: Mapping[str, Any]) -> dict[str, Any]:
     """One utterance's nearest tokens: repeated neighbours as one with a count, words of the transcript marked."""
     text = row.get("text") or ""
@@ -288,22 +204,3 @@ def _visible(token: str) -> str:
     """A token without its leading-space mark; white space and line ends as signs that can be seen."""
     plain = token.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n")
     return plain.strip() or plain.replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣") or "∅"
-
-
-def _is_printable(character: str) -> bool:
-    """Whether JSON, HTML and XML all accept the character."""
-    code = ord(character)
-    if code < 0x20:
-        return character in "\t\n\r"
-    return not (0x7F <= code <= 0x9F or 0xD800 <= code <= 0xDFFF or 0xFDD0 <= code <= 0xFDEF or code & 0xFFFE == 0xFFFE)
-
-
-def _write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file under its name (creating the folder) only when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -29,8 +29,8 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, set_
 from ..data.joining import joined_rows
 from ..data.schema import Row
 from ..data.splits import split_by_cluster, without_near_duplicates
-from ..evaluation.nearest_tokens import nearest_tokens
 from ..evaluation.metrics.error_rates import recognition_metrics
+from ..evaluation.nearest_tokens import nearest_tokens
 from ..modeling_speechllm import SpeechLLMForConditionalGeneration
 from ..processing_speechllm import SpeechLLMProcessor
 from ..trainers import (

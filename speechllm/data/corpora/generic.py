@@ -1,0 +1,137 @@
+"""Data without a name: a folder of recordings with transcripts, WebDataset shards, a data set of the Hub."""
+
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from ..schema import ManifestError, Row, SetAside, manifest_rows, not_utf8, renamed, undecoded
+from .reading import need_folder, text_lines
+
+
+AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3")
+TEXT = (".txt", ".lab")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
+
+def transcribed_folder(folder: Path, columns: dict[str, str] | None = None) -> Iterator[Row | SetAside]:
+    """Recordings, at any depth, whose transcripts are in one of these:
+
+    * `metadata.csv` (or .jsonl, .parquet) with `file_name`, the form of the Hub's audio folders;
+    * `transcripts.txt` with lines "NAME<tab or space>TEXT", NAME without or with the recording's ending;
+    * a text file beside each recording, `a.wav` and `a.txt`.
+
+    Raises:
+        ManifestError: if there is none of these, or no recording.
+    """
+    for name in METADATA:
+        if (need_folder(folder, "recordings with transcripts") / name).is_file():
+            yield from manifest_rows(folder / name, {"audio": "file_name", **(columns or {})})
+            return
+    recordings = sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO)
+    if not recordings:
+        raise ManifestError(
+            f"{folder} holds no recordings ({', '.join(AUDIO)}), and no manifest, shards or {METADATA[1]}."
+        )
+    listed = _listed(folder / "transcripts.txt") if (folder / "transcripts.txt").is_file() else None
+    for path in recordings:
+        name = path.relative_to(folder).as_posix()
+        if listed is not None:
+            stem = name.removesuffix(path.suffix)
+            line = next((listed[key] for key in (name, stem, path.name, path.stem) if key in listed), "")
+        else:
+            beside = next((path.with_suffix(end) for end in TEXT if path.with_suffix(end).is_file()), None)
+            if beside is None:
+                reason = f"{path} has no transcript: there is no {path.stem}.txt beside it. Write it, or remove it."
+                yield SetAside(name, reason, "no transcript")
+                continue
+            lines = text_lines(beside)
+            broken = next((line for line in lines if isinstance(line, SetAside)), None)
+            line = broken or " ".join(" ".join(lines).split())
+        yield line if isinstance(line, SetAside) else {"id": name, "audio": str(path), "text": line}
+
+
+def _listed(path: Path) -> dict[str, str]:
+    lines = [line.split(maxsplit=1) for line in text_lines(path) if isinstance(line, str) and line.strip()]
+    return {parts[0]: parts[1] if len(parts) > 1 else "" for parts in lines}
+
+
+def shards(folder: Path) -> list[Path]:
+    """The tar archives in a folder, or the one that is given."""
+    return [folder] if folder.is_file() else sorted(folder.rglob("*.tar"))
+
+
+def webdataset(folder: Path, columns: dict[str, str] | None = None) -> Iterator[Row | SetAside]:
+    """Rows of WebDataset shards, tar archives whose members that share a name up to the first dot are a row:
+    `0001.flac`, `0001.txt` (the transcript) and, optionally, `0001.json` (further columns).
+
+    The audio stays in the archive: a row says where, {"path", "byte_offset", "byte_length"}.
+
+    Args:
+        folder: of `.tar` files, or one of them.
+        columns: the schema's name of a column -> its name in the JSON.
+
+    Raises:
+        ManifestError: if there are none, or one of them is compressed or broken.
+    """
+    found = shards(folder)
+    if not found:
+        raise ManifestError(f"{folder} holds no .tar files. Give the folder of the shards.")
+    for shard in found:
+        members: dict[str, dict[str, Any]] = {}
+        try:
+            with tarfile.open(shard, "r:") as archive:
+                for member in archive:
+                    if not member.isfile():
+                        continue
+                    base, _, ending = Path(member.name).name.partition(".")
+                    row = members.setdefault((Path(member.name).parent / base).as_posix(), {})
+                    if f".{ending.lower()}" in AUDIO:
+                        row["audio"] = {
+                            "path": str(shard),
+                            "byte_offset": member.offset_data,
+                            "byte_length": member.size,
+                        }
+                    elif ending.lower() in ("txt", "json"):
+                        row[ending.lower()] = archive.extractfile(member).read().decode("utf-8", "surrogateescape")
+        except (tarfile.TarError, OSError) as error:
+            raise ManifestError(
+                f"{shard} is not a tar archive that can be read ({error}). It must not be compressed."
+            ) from None
+        for name, row in members.items():
+            yield _shard_row(row, f"{shard.stem}/{name}", columns or {})
+
+
+def _shard_row(parts: dict[str, Any], name: str, columns: dict[str, str]) -> Row | SetAside:
+    try:
+        further = json.loads(parts.get("json", "{}"))
+        if any(not_utf8(parts.get(part, "")) for part in ("txt", "json")):
+            raise ValueError("not UTF-8")
+    except ValueError as error:
+        return SetAside(name, f"{name} has text that cannot be read ({error}). Write the shard again.", "malformed row")
+    text = {"text": parts["txt"].strip()} if "txt" in parts else {}
+    return {**text, **renamed(further, columns), "id": str(further.get("id", name)), "audio": parts.get("audio")}
+
+
+def hub(place: str, name: str = "", split: str = "train", columns: dict[str, str] | None = None) -> Iterator[Row]:
+    """Rows of a data set of the Hub. Its audio is held in memory; stream what is large.
+
+    Args:
+        place: id on the Hub, "owner/name".
+        name: of its configuration.
+        split: of it; "train[:10%]" is possible.
+        columns: the schema's name of a column -> the data set's.
+
+    Raises:
+        ManifestError: if it cannot be had.
+    """
+    try:
+        rows = undecoded(datasets.load_dataset(place, name or None, split=split))
+    except Exception as error:  # of many kinds: the network's, the file system's, Arrow's
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ManifestError(f"{place} cannot be read as a data set of the Hub: {cause}") from error
+    for row in rows:
+        yield renamed(row, columns or {})

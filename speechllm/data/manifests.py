@@ -1,0 +1,67 @@
+"""Sources written as one manifest: a corpus read once, to look at, to align (`speechllm align`), to share."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .schema import ManifestError, Row, with_ids
+from .sources import Spec, load_source, read_specs
+
+
+def write_sources(specs: Sequence[Spec], output: str | None, strict: bool = False, **limits: Any) -> Iterator[str]:
+    """Read sources one after the other, yielding the report of each, and write their rows to `output`, if it is given.
+
+    Audio that is in memory (of a Parquet file, of the Hub) is written to files in the folder `OUTPUT.audio`.
+
+    Args:
+        output: path of a manifest, ending in .jsonl.
+        specs, strict, limits: see `load_source`.
+
+    Raises:
+        ManifestError: see `load_source`, or if `output` has another ending.
+    """
+    if output is not None and Path(output).suffix != ".jsonl":
+        raise ManifestError(f"{output}: rows are written as JSON Lines. Give a path that ends in .jsonl.")
+    rows: list[Row] = []
+    for spec in read_specs([*specs]):
+        loaded = load_source(spec, strict, **limits)
+        yield loaded.report(spec if isinstance(spec, str) else spec["source"])
+        rows += loaded.rows
+    if output is None:
+        return
+    path = Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(_portable(row, path), ensure_ascii=False) + "\n" for row in with_ids(rows)]
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text("".join(lines), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _portable(row: Row, output: Path) -> Row:
+    return {**row, "audio": _written(row["audio"], row["id"], output)}
+
+
+def _written(audio: Any, name: str, output: Path) -> Any:
+    """The audio with absolute paths; bytes as a file."""
+    if isinstance(audio, str | os.PathLike):
+        return os.path.abspath(audio)
+    if isinstance(audio, dict) and audio.get("parts"):
+        return {"parts": [_written(part, name, output) for part in audio["parts"]]}
+    if isinstance(audio, dict) and audio.get("bytes"):
+        ending = Path(audio.get("path") or "").suffix or ".wav"  # the content decides what it is read as
+        path = output.with_suffix(".audio") / f"{hashlib.sha256(audio['bytes']).hexdigest()[:24]}{ending}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(audio["bytes"])
+        rest = {key: value for key, value in audio.items() if key in ("offset", "duration") and value is not None}
+        return {"path": os.path.abspath(path), **rest} if rest else os.path.abspath(path)
+    if isinstance(audio, dict) and isinstance(audio.get("path"), str):
+        return {
+            **{key: value for key, value in audio.items() if value is not None},
+            "path": os.path.abspath(audio["path"]),
+        }
+    raise ManifestError(
+        f"{name}: its audio is a {type(audio).__name__}, which a manifest cannot hold. Write it to a file."
+    )

@@ -1,0 +1,66 @@
+"""Instructions: the first wording by default, others drawn by seed and row id, in the language that is asked for."""
+
+from collections import Counter
+
+import pytest
+
+from speechllm.data.prompts import PROMPTS, WORDINGS, chat_of, prompt_of, with_drawn_prompt
+
+
+def row(i=0, **columns):
+    return {"id": f"row {i}", "audio": "a.wav", "text": "hello", **columns}
+
+
+ST = {"task": "st", "target_language": "de", "target": "hallo", "language": "en"}
+
+
+def test_the_first_wording_is_the_default():
+    assert prompt_of(row()) == "Transcribe the speech."
+    assert prompt_of(row(**ST)) == "Translate the speech into German."
+    assert prompt_of(row(**{**ST, "target_language": "Klingon"})) == "Translate the speech into Klingon."
+    assert prompt_of(row(task="sqa", question="Who {won}?")) == "Who {won}?"
+    traits = {"task": "traits", "trait": "gender", "choices": ["female", "male"], "target": "male"}
+    assert prompt_of(row(**traits)) == "What is the gender of the speaker? Answer with one of: female, male."
+    assert prompt_of(row(prompt="Do {this}.")) == "Do {this}."
+
+
+def test_wordings_are_drawn_by_seed_and_id():
+    rows = [row(i) for i in range(500)]
+    drawn = [with_drawn_prompt(r, seed=1)["prompt"] for r in rows]
+    assert drawn == [with_drawn_prompt(r, seed=1)["prompt"] for r in rows]
+    assert drawn != [with_drawn_prompt(r, seed=2)["prompt"] for r in rows]
+    assert drawn[::-1] == [with_drawn_prompt(r, seed=1)["prompt"] for r in rows[::-1]]  # wherever a row stands
+    counts = Counter(drawn)
+    assert set(counts) == set(WORDINGS["asr"]["en"]) and min(counts.values()) > 500 / len(counts) / 2
+
+
+def test_wordings_in_other_languages():
+    german = [with_drawn_prompt(row(i, **ST), languages=["answer"])["prompt"] for i in range(50)]
+    assert set(german) == set(WORDINGS["st"]["de"])
+    both = {with_drawn_prompt(row(i, **ST), languages=["en", "answer"])["prompt"] for i in range(200)}
+    filled = {wording.format(target_language="German") for wording in WORDINGS["st"]["en"]}
+    assert both == set(WORDINGS["st"]["de"]) | filled
+    french = {with_drawn_prompt(row(i, language="fr"), languages=["fr", "de"])["prompt"] for i in range(50)}
+    assert french == set(WORDINGS["asr"]["fr"])  # an instruction in German asks for German
+    welsh = {with_drawn_prompt(row(i, language="cy"), languages=["answer"])["prompt"] for i in range(50)}
+    assert welsh == set(WORDINGS["asr"]["en"])  # there is none in Welsh
+
+
+def test_a_prompt_stays_and_a_row_that_has_none_is_left_to_the_checks():
+    for odd in (row(prompt="Mine."), row(task="juggle"), row(task="st", target="x")):
+        assert with_drawn_prompt(odd) == odd
+
+
+def test_every_wording_can_be_filled():
+    values = {"target_language": "German", "question": "Why?", "trait": "gender", "choices": "a, b"}
+    for task, languages in WORDINGS.items():
+        assert PROMPTS[task] == languages["en"][0]
+        for wordings in languages.values():
+            assert len(set(wordings)) == len(wordings) and all("{" not in w.format(**values) for w in wordings)
+
+
+@pytest.mark.parametrize("task", ["st", "sqa", "traits"])
+def test_a_transcript_never_stands_in_for_another_answer(task):
+    values = {"target_language": "de", "question": "Why?", "trait": "rate", "choices": ["slow", "fast"]}
+    with pytest.raises(ValueError, match="neither"):
+        chat_of(row(task=task, **values))

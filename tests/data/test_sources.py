@@ -1,0 +1,339 @@
+"""The one door to data: every kind of source, options, what is set aside and counted, strict mode, streams."""
+
+import io
+import json
+import tarfile
+
+import corpora_in_miniature as miniature
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from speechllm import load_audio
+from speechllm.data.feature_cache import audio_key
+from speechllm.data.schema import ManifestError
+from speechllm.data.sources import load_source, parse_spec, read_specs, stream_source
+
+
+@pytest.fixture
+def recordings(tmp_path):
+    """Four recordings of 0.3 to 0.6 seconds and a manifest of them."""
+    rows = []
+    for i in range(4):
+        miniature.sound(tmp_path / "wav" / f"{i}.wav", 0.3 + 0.1 * i, seed=i)
+        rows.append({"id": f"r{i}", "audio": f"wav/{i}.wav", "text": f"text {i}"})
+    write_manifest(tmp_path / "all.jsonl", rows)
+    return tmp_path
+
+
+def write_manifest(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def texts(spec, **options):
+    return [row["text"] for row in load_source(spec, **options).rows]
+
+
+ALL = [f"text {i}" for i in range(4)]
+
+
+# ---- generic sources -------------------------------------------------------------------------------------------------
+
+
+def test_parquet_manifests_with_paths_and_with_bytes(recordings):
+    rows = [json.loads(line) for line in (recordings / "all.jsonl").read_text().splitlines()]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), recordings / "paths.parquet")
+    held = [{**row, "audio": {"bytes": (recordings / row["audio"]).read_bytes(), "path": None}} for row in rows]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(held), recordings / "bytes.parquet")
+    for name in ("paths", "bytes"):
+        loaded = load_source(str(recordings / f"{name}.parquet"))
+        assert [row["text"] for row in loaded.rows] == ALL
+        assert [len(load_audio(row["audio"])) for row in loaded.rows] == [4_800, 6_400, 8_000, 9_600]
+    (recordings / "bad.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(ManifestError, match="not a Parquet file"):
+        load_source(str(recordings / "bad.parquet"))
+
+
+def test_segments_in_a_manifest(recordings):
+    long = miniature.sound(recordings / "long.flac", 3.0)
+    (recordings / "a.csv").write_text(
+        "audio_filepath,offset,duration,text\nlong.flac,0.5,0.25,first\nlong.flac,1,1.5,second\n"
+    )
+    rows = load_source(f"{recordings / 'a.csv'}?columns.audio=audio_filepath").rows
+    assert [row["audio"] for row in rows] == [
+        {"path": str(long), "offset": 0.5, "duration": 0.25},
+        {"path": str(long), "offset": 1.0, "duration": 1.5},
+    ]
+    whole = load_audio(str(long))
+    np.testing.assert_array_equal(load_audio(rows[1]["audio"]), whole[16_000:40_000])
+    assert len({audio_key(row["audio"]) for row in rows} | {audio_key(str(long))}) == 3
+    assert audio_key(rows[0]["audio"]) == audio_key({"path": str(long), "offset": 0.5, "duration": 0.25})
+
+
+def test_folders_with_transcripts(recordings):
+    folder = recordings / "wav"
+    for i in range(3):
+        (folder / f"{i}.txt").write_text(f"text\n{i}\n")
+    loaded = load_source(str(folder))
+    assert [(row["id"], row["text"]) for row in loaded.rows] == [(f"{i}.wav", f"text {i}") for i in range(3)]
+    assert [item.kind for item in loaded.set_aside] == ["no transcript"] and "3.txt" in loaded.set_aside[0].reason
+    (folder / "transcripts.txt").write_text("0 text 0\n1.wav\ttext 1\n2\ttext 2\n3 text 3\n")
+    assert texts(str(folder)) == ALL
+    (folder / "metadata.csv").write_text("file_name,text\n" + "".join(f"{i}.wav,text {i}\n" for i in range(4)))
+    assert texts(f"folder:{folder}") == ALL
+    (recordings / "empty").mkdir()
+    with pytest.raises(ManifestError, match="holds no recordings"):
+        load_source(str(recordings / "empty"))
+
+
+def write_shards(folder, sources):
+    """Two WebDataset shards."""
+    folder.mkdir()
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard:05}.tar", "w") as archive:
+            for i in range(2 * shard, 2 * shard + 2):
+                parts = {
+                    "wav": (sources / "wav" / f"{i}.wav").read_bytes(),
+                    "txt": f"text {i}\n".encode(),
+                    "json": json.dumps({"speaker_id": f"s{i}", "language": "en"}).encode(),
+                }
+                for ending, data in parts.items():
+                    member = tarfile.TarInfo(f"sub/{i:04}.{ending}")
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+    return folder
+
+
+def test_webdataset_shards(recordings):
+    folder = write_shards(recordings / "shards", recordings)
+    rows = load_source(f"{folder}?columns.speaker=speaker_id", strict=True).rows
+    assert [(row["text"], row["speaker"], row["language"]) for row in rows] == [
+        (f"text {i}", f"s{i}", "en") for i in range(4)
+    ]
+    for i, row in enumerate(rows):
+        np.testing.assert_array_equal(load_audio(row["audio"]), load_audio(str(recordings / "wav" / f"{i}.wav")))
+        assert audio_key(row["audio"]) == audio_key(str(recordings / "wav" / f"{i}.wav"))  # of the same bytes
+    assert texts(str(folder / "00001.tar")) == ALL[2:]
+    (folder / "00001.tar").write_bytes((folder / "00000.tar").read_bytes()[:700])
+    with pytest.raises(ManifestError, match="00001.tar is not a tar archive"):
+        load_source(str(folder))
+
+
+def test_any_data_set_of_the_hub_by_column_mapping(recordings, monkeypatch):
+    rows = [{"speech": str(recordings / "wav" / f"{i}.wav"), "sentence": f"text {i}", "locale": "de"} for i in range(4)]
+    data = datasets.Dataset.from_list(rows).cast_column("speech", datasets.Audio(sampling_rate=16_000))
+    (recordings / "hub").mkdir()
+    data.to_parquet(recordings / "hub" / "train.parquet")  # `load_dataset` reads a folder as it does a repository
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(recordings / "cache"))
+    spec = f"hub:{recordings / 'hub'}?split=train&columns.audio=speech&columns.text=sentence&columns.language=locale"
+    rows = load_source(spec, strict=True).rows
+    assert [(row["text"], row["language"]) for row in rows] == [(text, "de") for text in ALL]
+    streamed = list(stream_source(spec))
+    assert [row["text"] for row in streamed] == ALL and len(load_audio(streamed[0]["audio"])) == 4_800
+    with pytest.raises(ManifestError, match="cannot be read as a data set of the Hub"):
+        load_source(f"hub:{recordings / 'nowhere'}")
+
+
+def test_a_folder_of_manifests(recordings):
+    lines = (recordings / "all.jsonl").read_text().splitlines(keepends=True)
+    (recordings / "all.jsonl").unlink()
+    (recordings / "1.jsonl").write_text("".join(lines[2:]))
+    (recordings / "0.jsonl").write_text("".join(lines[:2]))
+    assert texts(str(recordings)) == ALL
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def test_options_of_every_source(recordings):
+    path = recordings / "all.jsonl"
+    (row, *_) = load_source(f"{path}?row.language=de&row.source=mine").rows
+    assert (row["language"], row["source"]) == ("de", "mine")
+    assert texts({"source": str(path), "row": {"task": "asr"}, "only": {"id": "r1,r3"}}) == ["text 1", "text 3"]
+    assert texts(json.dumps({"source": str(path), "only": {"task": "asr"}})) == ALL
+    for fraction, less in ((0.5, 0.25), (0.75, 0.5)):
+        assert set(texts(f"{path}?fraction={less}", seed=3)) < set(texts(f"{path}?fraction={fraction}", seed=3))
+    assert len({tuple(texts(f"{path}?fraction=0.5", seed=seed)) for seed in range(8)}) > 1
+
+
+def test_limits_on_the_duration_read_headers_where_needed(recordings):
+    path = recordings / "all.jsonl"  # 0.3, 0.4, 0.5, 0.6 seconds; the manifest does not say so
+    loaded = load_source(str(path), minimum_seconds=0.35, maximum_seconds=0.55)
+    assert [row["text"] for row in loaded.rows] == ["text 1", "text 2"] and loaded.left_out == 2
+    assert [row["duration"] for row in loaded.rows] == pytest.approx([0.4, 0.5])
+    assert texts(f"{path}?maximum_seconds=0.35", maximum_seconds=9.0) == ["text 0"]  # the spec's own limit
+    with pytest.raises(ManifestError, match="no row is within the limits"):
+        load_source(str(path), minimum_seconds=5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nowhere.jsonl", "no such manifest"),
+        ("nowhere", "A data set of the Hub is `hub:nowhere`"),
+        ("librispech:/x", "no corpus 'librispech'. Choose from must-c"),
+        ("{", "is not JSON"),
+        ({"split": "train"}, "has no `source`"),
+        ("all.jsonl?split=dev", "no option `split`. manifest takes: columns"),
+        ("all.jsonl?fraction=2", "fraction is 2"),
+        ("all.jsonl?weight=0", "weight is 0"),
+        ("all.jsonl?weight=much", "`weight` is 'much'"),
+        ("librispeech:.?columns.text=x", "`columns` is for data of your own"),
+    ],
+)
+def test_specs_that_make_no_sense(recordings, monkeypatch, spec, message):
+    monkeypatch.chdir(recordings)
+    with pytest.raises(ManifestError, match=message.replace("[", r"\[")):
+        load_source(spec)
+
+
+def test_a_list_of_sources_in_a_file(recordings):
+    (recordings / "mix.yaml").write_text(
+        "- a.jsonl\n- {source: 'must-c:/data', split: dev, weight: 2, target_language: [de, fr]}\n"
+    )
+    specs = read_specs(["first.csv", str(recordings / "mix.yaml")])
+    assert specs[:2] == ["first.csv", "a.jsonl"]
+    source = parse_spec(specs[2])
+    assert (source.kind, source.place, source.weight) == ("must-c", "/data", 2.0)
+    assert source.options == {"split": "dev", "target_language": "de,fr"}
+    for content, message in (
+        ("a: b", "must hold a list"),
+        ("[", "cannot be read as YAML"),
+        ("- 5", "must hold a list"),
+    ):
+        (recordings / "mix.yaml").write_text(content)
+        with pytest.raises(ManifestError, match=message):
+            read_specs([str(recordings / "mix.yaml")])
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+def damaged(folder):
+    """A manifest with one row of each kind of damage among two that are whole."""
+    good = {"audio": "wav/0.wav", "text": "text 0"}
+    (folder / "wav" / "empty.wav").write_bytes(b"")
+    (folder / "wav" / "noise.wav").write_bytes(b"RIFF nothing")
+    data = (folder / "wav" / "3.wav").read_bytes()
+    (folder / "wav" / "cut.wav").write_bytes(data[: len(data) // 2])
+    rows = [
+        {**good, "id": "first"},
+        {**good, "id": "missing", "audio": "wav/gone.wav"},
+        {**good, "id": "empty file", "audio": "wav/empty.wav"},
+        {**good, "id": "no transcript", "text": "  "},
+        {
+            "id": "no reference",
+            "audio": "wav/0.wav",
+            "text": "text",
+            "task": "st",
+            "target_language": "de",
+            "target": "",
+        },
+        {"id": "no answer", "audio": "wav/0.wav", "text": "text", "task": "sqa", "question": "What?", "answers": []},
+        {"id": "no prompt", "audio": "wav/0.wav", "text": "text", "task": "juggle", "target": "x"},
+        {"id": "no language", "audio": "wav/0.wav", "text": "text", "task": "st", "target": "x"},
+        {**good, "id": "first"},
+        {**good, "id": "not audio", "audio": "wav/noise.wav"},
+        {**good, "id": "truncated", "audio": "wav/cut.wav"},
+        {**good, "id": "last"},
+    ]
+    lines = [json.dumps(row).encode() for row in rows]
+    lines[1:1] = [
+        b'{"audio": "wav/0.wav", "text": "Stra\xdfe"}',
+        b'{"audio": ',
+        b'{"text": "x"}',
+        b'{"audio": "wav/0.wav", "duration": "long"}',
+    ]
+    (folder / "damaged.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    return folder / "damaged.jsonl"
+
+
+KINDS = {
+    "audio file cannot be found": ["missing"],
+    "audio file is empty": ["empty file"],
+    "empty transcript": ["no transcript"],
+    "reference missing": ["no reference", "no answer"],
+    "task 'juggle' without a prompt": ["no prompt"],
+    "task 'st' without a prompt": ["no language"],
+    "duplicate id": ["first"],
+}
+
+
+def test_what_is_wrong_is_set_aside_and_counted(recordings):
+    path = damaged(recordings)
+    loaded = load_source(str(path))
+    assert [row["id"] for row in loaded.rows] == ["first", "not audio", "truncated", "last"]
+    found = {}
+    for item in loaded.set_aside:
+        found.setdefault(item.kind, []).append(item.id)
+        assert item.reason.endswith((".", ").")) and ("/" in item.reason or item.id in item.reason)
+    malformed = found.pop("malformed row")
+    assert malformed == [f"{path}, line {number}" for number in (2, 3, 4, 5)]
+    assert found == KINDS
+    report = loaded.report("damaged")
+    assert report.startswith("damaged: 4 rows (asr 4)\n  4 set aside: malformed row\n")
+    assert "  2 set aside: reference missing\n    no reference: task 'st' needs the reference answer" in report
+
+
+def test_audio_that_is_broken_is_found_by_its_header_or_by_decoding(recordings):
+    path = damaged(recordings)
+    kinds = [item.id for item in load_source(str(path), maximum_seconds=9).set_aside if "decoded" in item.kind]
+    assert kinds == ["not audio"]  # a truncated file's header is whole
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ("missing", "gone.wav cannot be found"),
+        ("no prompt", "no prompt"),
+        ("truncated", "truncated"),
+        ("not audio", "decoded"),
+    ],
+)
+def test_strict_mode_stops(recordings, keep, message):
+    path = damaged(recordings)
+    lines = [
+        line
+        for line in path.read_bytes().splitlines()
+        if b"id" in line and json.loads(line).get("id") in ("last", keep)
+    ]
+    path.write_bytes(b"\n".join(lines))
+    load_source(str(path))
+    with pytest.raises(ManifestError, match=rf"(?s){message}.*Strict mode stops"):
+        load_source(str(path), strict=True)
+
+
+def test_nothing_usable_is_an_error_that_names_the_first_reason(recordings):
+    write_manifest(recordings / "a.jsonl", [{"audio": "gone.wav", "text": "x"}, {"audio": "wav/0.wav", "text": ""}])
+    with pytest.raises(ManifestError, match="no rows that can be used. The first of 2: .*gone.wav cannot be found"):
+        load_source(str(recordings / "a.jsonl"))
+
+
+def test_one_id_may_have_several_tasks(recordings):
+    row = {"id": "a", "audio": "wav/0.wav", "text": "x"}
+    st = {**row, "task": "st", "target": "y"}
+    write_manifest(recordings / "a.jsonl", [row, {**st, "target_language": "de"}, {**st, "target_language": "fr"}])
+    loaded = load_source(str(recordings / "a.jsonl"))
+    assert [row["id"] for row in loaded.rows] == ["a", "a #2", "a #3"] and not loaded.set_aside
+
+
+# ---- streams ---------------------------------------------------------------------------------------------------------
+
+
+def test_streams_of_every_kind(recordings):
+    folder = write_shards(recordings / "shards", recordings)
+    stream = stream_source(str(folder))
+    assert stream.num_shards == 2 and [row["text"] for row in stream] == ALL
+    assert [row["text"] for row in stream_source(f"{recordings / 'all.jsonl'}?only.id=r1,r2")] == ALL[1:3]
+    miniature.must_c(recordings / "must-c")
+    (recordings / "must-c/en-de/data/train/txt/train.de").write_bytes(b"eins\nStra\xdfe\ndrei\n")
+    rows = list(stream_source(f"must-c:{recordings / 'must-c'}?target_language=de&row.license=mine"))
+    assert [row.get("target") for row in rows] == ["eins", None, "drei"] and rows[0]["license"] == "mine"
+    assert "not UTF-8" in rows[1]["set_aside"]
+    with pytest.raises(ManifestError, match="Choose from: de, fr"):
+        stream_source(f"must-c:{recordings / 'must-c'}?target_language=it")
+    with pytest.raises(ManifestError, match="a fraction needs all rows"):
+        stream_source(f"{folder}?fraction=0.5")
