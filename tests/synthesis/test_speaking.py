@@ -1,0 +1,246 @@
+"""Speaking through a command template: the engine is a small script that really writes WAV files."""
+
+import json
+import stat
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+
+from speechllm.cli import main
+from speechllm.data.schema import load_rows
+from speechllm.synthesis.engines import SynthesisError, own_engine, parse_voices
+from speechllm.synthesis.speaking import synthesise
+
+
+ENGINE = """#!{python} -S
+import math, struct, sys, wave
+voice, rate, wav, log, *text = sys.argv[1:]
+text = text[0] if text else sys.stdin.buffer.read().decode()
+with open(log, "a") as file:
+    file.write(repr((voice, rate, text)) + "\\n")
+if "crash" in text:
+    sys.exit("this word hurts")
+seconds = 0 if "nothing" in text else len(text) / 15 / float(rate)
+if "stay silent" not in text:
+    pitch = {{"anna": 220, "bob": 110}}[voice]
+    tone = [int(9000 * math.sin(2 * math.pi * pitch * i / 8000)) for i in range(int(8000 * seconds))]
+    with wave.open(wav, "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", ""))
+        file.writeframes(struct.pack(f"<{{len(tone)}}h", *tone))
+"""
+
+
+@pytest.fixture
+def engine(tmp_path):
+    """The command template of the script, and a function that reads its log: (voice, rate, text) of each call."""
+    script = tmp_path / "my tts"
+    script.write_text(ENGINE.format(python=sys.executable))
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    log = tmp_path / "log"
+
+    def calls():
+        return sorted(eval(line) for line in log.read_text().splitlines()) if log.exists() else []
+
+    return f"'{script}' {{voice}} {{rate}} {{wav}} '{log}' {{text}}", calls
+
+
+def speak(engine, texts, output, **options):
+    voices = parse_voices(["anna=female", "bob=male"], own=True)
+    return synthesise(texts, output, voices, engine=own_engine(engine[0]), progress=False, workers=2, **options)
+
+
+def test_every_text_in_every_voice_at_every_rate(engine, tmp_path):
+    rows = [
+        {"text": "Where is Bob?", "task": "sqa", "question": "Who?", "answers": ["Bob"], "id": "a"},
+        "A second text.",
+    ]
+    spoken = speak(engine, rows, tmp_path / "out", rates=(0.8, 1.0))
+    assert [row["id"] for row in spoken.rows[:4]] == ["a anna 0.8", "a anna 1", "a bob 0.8", "a bob 1"]
+    assert len(spoken.rows) == 8 and not spoken.set_aside and spoken.reused == 0
+    assert len(engine[1]()) == 8
+    first = spoken.rows[0]
+    assert (first["speaker"], first["gender"], first["rate"]) == ("command:anna", "female", 0.8)
+    assert first["question"] == "Who?" and first["answers"] == ["Bob"] and first["text"] == "Where is Bob?"
+    for row in spoken.rows:
+        samples, rate = soundfile.read(row["audio"])
+        assert rate == 16_000 and len(samples) == pytest.approx(16_000 * row["duration"], abs=1)
+        assert row["duration"] == pytest.approx(len(row["text"]) / 15 / row["rate"], abs=0.01)
+        pitch = np.abs(np.fft.rfft(samples)).argmax() / row["duration"]
+        assert pitch == pytest.approx({"female": 220, "male": 110}[row["gender"]], abs=2)
+    read = load_rows(tmp_path / "out" / "manifest.jsonl")
+    assert [row["id"] for row in read] == [row["id"] for row in spoken.rows]
+    assert all(soundfile.info(row["audio"]).samplerate == 16_000 for row in read)
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_text_reaches_the_engine_as_it_is(engine, tmp_path):
+    texts = ["$(touch stolen); `id` && \"quoted\" 'twice' | {wav} {text}", "--help me", "two\nlines  and\tspaces"]
+    speak(engine, texts, tmp_path / "out", takes=1)
+    assert {text for *_, text in engine[1]()} == {texts[0], texts[1], "two lines and spaces"}
+    without_text = engine[0].removesuffix(" {text}")
+    speak((without_text, None), ["Größe über stdin"], tmp_path / "stdin", takes=1)
+    assert "Größe über stdin" in {text for *_, text in engine[1]()}
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(engine, tmp_path):
+    texts = [f"Sentence number {number}." for number in range(6)]
+    speak(engine, texts[:3], tmp_path / "out")
+    half_written = tmp_path / "out" / "audio" / "ab" / ".rest.flac.123"
+    half_written.parent.mkdir(exist_ok=True)
+    half_written.write_bytes(b"half")
+    spoken = speak(engine, texts, tmp_path / "out")
+    assert spoken.reused == 6 and len(engine[1]()) == 12 == len(spoken.rows)
+    next(iter((tmp_path / "out" / "audio").rglob("[!.]*.flac"))).unlink()
+    assert speak(engine, texts, tmp_path / "out").reused == 11 and len(engine[1]()) == 13
+    assert speak(engine, [*texts[:5], "Another one."], tmp_path / "out").reused == 10  # a changed text is spoken
+
+
+def test_one_recording_serves_equal_texts(engine, tmp_path):
+    spoken = speak(engine, ["The same.", "The same."], tmp_path / "out", takes=None)
+    assert len(spoken.rows) == 4 and len(engine[1]()) == 2
+    assert len({row["id"] for row in spoken.rows}) == 4 and len({row["audio"] for row in spoken.rows}) == 2
+
+
+def test_takes_are_drawn_by_seed_and_do_not_depend_on_the_other_texts(engine, tmp_path):
+    texts = [{"id": f"t{number}", "text": f"Sentence number {number}."} for number in range(12)]
+    drawn = [row["id"] for row in speak(engine, texts, tmp_path / "a", rates=(0.8, 1.2), takes=1).rows]
+    assert len(drawn) == 12 and len({name.split(" ", 1)[1] for name in drawn}) == 4
+    assert [row["id"] for row in speak(engine, texts[6:], tmp_path / "b", rates=(0.8, 1.2), takes=1).rows] == drawn[6:]
+    other = [row["id"] for row in speak(engine, texts, tmp_path / "a", rates=(0.8, 1.2), takes=1, seed=1).rows]
+    assert other != drawn
+
+
+def test_bad_texts_are_set_aside_with_the_reason(engine, tmp_path):
+    texts = [
+        "",
+        "  ",
+        "?!",
+        None,
+        "nul \0 byte",
+        "caf\ufffd",
+        "x" * 1001,
+        "crash here",
+        "stay silent",
+        "nothing",
+        "fine",
+    ]
+    spoken = speak(engine, [{"text": text} for text in texts], tmp_path / "out", takes=1)
+    assert [row["text"] for row in spoken.rows] == ["fine"]
+    reasons = [item.reason for item in spoken.set_aside]
+    for reason, word in zip(
+        reasons,
+        [
+            "no text",
+            "no text",
+            "no letter",
+            "no text",
+            "control",
+            "wrong encoding",
+            "1001",
+            "this word hurts",
+            "wrote no",
+        ],
+        strict=False,
+    ):
+        assert word in reason
+    assert len(reasons) == 10
+    recorded = [json.loads(line) for line in (tmp_path / "out" / "set_aside.jsonl").read_text().splitlines()]
+    assert [item["reason"] for item in recorded] == reasons
+    speak(engine, ["fine"], tmp_path / "out")
+    assert not (tmp_path / "out" / "set_aside.jsonl").exists()  # it told of another run
+    with pytest.raises(SynthesisError, match="row 1: there is no text"):
+        speak(engine, ["fine", ""], tmp_path / "strict", strict=True)
+    with pytest.raises(SynthesisError, match="this word hurts"):
+        speak(engine, ["fine", "crash"], tmp_path / "strict", strict=True)
+
+
+def test_a_broken_engine_stops_the_run_early(engine, tmp_path):
+    with pytest.raises(SynthesisError, match="first 20 texts all failed.*this word hurts"):
+        speak(engine, [f"crash {number}" for number in range(500)], tmp_path / "out", takes=1)
+    assert len(engine[1]()) < 60
+    with pytest.raises(SynthesisError, match="None of 2 text"):
+        speak(engine, ["crash", ""], tmp_path / "out", takes=1)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("say {text}", "where {wav} goes"),
+        ("say {wav} {loudness}", "no meaning for {loudness}"),
+        ("say 'unclosed {wav}", "quotation"),
+        ("no-such-program {wav} {text}", "no-such-program"),
+    ],
+)
+def test_bad_templates(command, words):
+    with pytest.raises(SynthesisError, match=words):
+        own_engine(command)
+
+
+def test_voices():
+    found = parse_voices(["flite:slt", "flite:awb", "espeak-ng:en-us+f3", "espeak-ng:de+m7", "espeak-ng:fr"])
+    assert [voice.gender for voice in found] == ["female", "male", "female", "male", None]
+    for names, word in (
+        (["slt"], "engine:name"),
+        (["festival:x"], "engine:name"),
+        (["flite:slt", "flite:slt"], "twice"),
+    ):
+        with pytest.raises(SynthesisError, match=word):
+            parse_voices(names)
+    with pytest.raises(SynthesisError, match="woman"):
+        parse_voices(["anna=woman"], own=True)
+
+
+def test_the_command_speaks_a_manifest_and_adds_conditions(engine, tmp_path, capsys):
+    manifest = tmp_path / "texts.csv"
+    manifest.write_text("id,text,question\na,Where is Anna?,Who?\nb,,Nothing\nc,The last one.,What?\n")
+    command = [
+        "synthesize",
+        "--command",
+        engine[0],
+        "--voices",
+        "anna=female",
+        "bob",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert main([*command, "--data", str(manifest), "--rates", "1", "1.5", "--snr", "clean", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert "16 recording(s)" in printed and "1 set aside" in printed and "b: there is no text" in printed
+    rows = load_rows(tmp_path / "out" / "manifest.jsonl")
+    assert len(rows) == 16 and sum(row.get("snr_db") == 5 for row in rows) == 8
+    assert {row["question"] for row in rows} == {"Who?", "What?"}
+    lines = tmp_path / "texts.txt"
+    lines.write_text("One line.\n\nAnother line.\n")
+    assert main([*command, "--data", str(lines), "--takes", "1"]) == 0
+    assert len(load_rows(tmp_path / "out" / "manifest.jsonl")) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        ([], 2, "--data"),
+        (["--data", "nowhere.txt"], 1, "nowhere.txt"),
+        (["--data", "TEXTS", "--rates", "0"], 1, "rates"),
+        (["--data", "TEXTS", "--takes", "9"], 1, "9 takes"),
+        (["--data", "TEXTS", "--snr", "loud"], 2, "loud"),
+        (["--questions", "3", "2", "--rates", "2"], 2, "--rates does not go"),
+        (["--wordnet", "0"], 2, "above 0"),
+        (["--data", "EMPTY"], 1, "has no text"),
+        (["--data", "LATIN"], 1, "not UTF-8"),
+    ],
+)
+def test_usage_errors(options, code, words, engine, tmp_path, capsys):
+    (tmp_path / "TEXTS").write_text("One line.\n")
+    (tmp_path / "EMPTY").write_text("\n")
+    (tmp_path / "LATIN").write_bytes("Größe\n".encode("latin-1"))
+    options = [str(tmp_path / option) if option.isupper() else option for option in options]
+    if "--data" in options:
+        options += ["--command", engine[0]]
+    try:
+        found = main(["synthesize", *options, "--output", str(tmp_path / "out")])
+    except SystemExit as stop:
+        found = stop.code
+    error = capsys.readouterr().err
+    assert found == code and words in error and "Traceback" not in error
