@@ -79,7 +79,7 @@ def _stage(trainer: Any, seconds: float) -> dict[str, Any]:
         "hardware": _hardware(arguments),
         "seconds": round(seconds, 1),
         "emissions_grams": _emissions(arguments.output_dir),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **library_versions()},
         "first_results": _results(state.log_history[:1]),
         "results": _results(state.log_history),
     }
@@ -154,7 +154,8 @@ def _emissions(output_dir: str) -> float | None:
         return round(sum(1000 * float(row["emissions"]) for row in csv.DictReader(file)), 3)
 
 
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """Installed versions of what results depend on."""
     found = {}
     for name in LIBRARIES:
         try:

@@ -33,6 +33,7 @@ from ..data.schema import Row, SetAside, undecoded, with_ids
 from ..data.streaming import Position, StreamBatches, StreamReaders
 from ..modeling_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMModel
 from ..processing_speechllm import SpeechLLMProcessor
+from .dashboards import use_dashboards
 from .frozen_states import fill_frame_cache, frame_cache
 from .pushing import PushingTrainer
 
@@ -134,6 +135,7 @@ class SpeechLLMTrainer(PushingTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        use_dashboards(self.callback_handler)
         self.add_callback(EpochOfSampler(self))
         self.frames = self._frame_cache() if args.feature_cache else None
         self.train_rows = self._usable(train_dataset if self.stream is None else None)

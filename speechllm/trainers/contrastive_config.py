@@ -168,6 +168,13 @@ class ContrastiveArguments(SpeechLLMTrainingArguments):
             "the paper: its losses leave the scale free)."
         },
     )
+    log_figures: bool = field(
+        default=True,
+        metadata={
+            "help": "At each evaluation, put figures of the alignment on the dashboards of report_to (tensorboard, wandb, "
+            "trackio): retrieval per layer, and similarities of held-out texts and utterances."
+        },
+    )
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Utterances per device in evaluation."})
 
     def __post_init__(self):

@@ -37,6 +37,7 @@ from ..objectives.layers import SIMILARITIES, Similarity, mean_pooled
 from .aligned_states import AlignedStates, Objective, first_items, pool
 from .base import SpeechLLMTrainer
 from .contrastive_config import ContrastiveArguments
+from .dashboards import AlignmentFigures
 from .frozen_states import fill_text_state_cache, text_state_cache
 from .grad_cache import split_batch, two_pass_backward
 from .learned_scalars import LearnedScalars
@@ -115,6 +116,8 @@ class ContrastiveTrainer(SpeechLLMTrainer):
         if args.temperature_learned or learned_layers:
             self.scalars = LearnedScalars(args.temperature if args.temperature_learned else None, learned_layers, self)
             self.add_callback(self.scalars)
+        if args.log_figures:
+            self.add_callback(AlignmentFigures(self))
         self.further_negatives = None
         if self.train_rows and (args.text_bank or args.hard_negatives):
             keys = [self.batch_key(row) for row in self.train_rows]
@@ -428,9 +431,11 @@ class ContrastiveTrainer(SpeechLLMTrainer):
         start = time.time()
         rows, states = self.held_out_states(eval_dataset)
         metrics: dict[str, float] = {}
-        for layer, matrix in self.similarity_matrices(states).items():
+        self.held_out_similarity = self.similarity_matrices(states)
+        for layer, matrix in self.held_out_similarity.items():
             for name, value in retrieval_metrics(matrix, [self.batch_key(row) for row in rows]).items():
                 metrics[f"{name}_layer_{layer}"] = value
+        self.held_out_recall = {layer: metrics[f"recall@1_layer_{layer}"] for layer in self.held_out_similarity}
         for name in ("recall@1", "recall@5"):
             values = [value for key, value in metrics.items() if key.startswith(f"{name}_layer")]
             metrics[f"{name}_mean"] = sum(values) / len(values)

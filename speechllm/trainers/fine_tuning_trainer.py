@@ -3,21 +3,24 @@
 The prompt is the LLM's own chat format with speech tokens at the audio placeholder. The LM head runs on answer positions
 only. The part of the prompt that all rows begin with (system message, user header) is run once, for all steps where the
 LLM is frozen and for all rows of a step where it is trained, and its keys and values are shared. Evaluation generates
-answers and scores them.
+answers and scores them by task; any of these metrics can choose the best checkpoint and end the training.
 """
 
 import copy
 import time
+from collections import defaultdict
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import speed_metrics
 
 from ..data.items import AnswerItems
 from ..data.prompts import chat_of
 from ..data.schema import Row
-from ..evaluation.recognition import recognition_metrics
+from ..evaluation.generation import generate_texts
+from ..evaluation.scoring import is_scored, references_of, task_of, training_metrics
 from .base import SpeechLLMTrainer
 from .fine_tuning_config import FineTuningArguments
 
@@ -43,6 +46,19 @@ def add_lora(model, rank: int, alpha: int, seed: int = 0) -> None:
         parameter.requires_grad_(True)
 
 
+def thaw_llm(model) -> None:
+    """Make all of the LLM trainable, in float32: in bfloat16 most updates would be rounded away.
+
+    Raises:
+        ValueError: if the model has an adapter.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError("train_llm is for an LLM without an adapter. Merge it first (speechllm publish --merge-lora).")
+    model.config.freeze_language_model = False
+    for module in (model.model.language_model, model.head):
+        module.float().requires_grad_(True)
+
+
 class FineTuningTrainer(SpeechLLMTrainer):
     """Fine-tuning of a SpeechLLM on rows with answers (`target`, or the transcript `text`).
 
@@ -57,7 +73,13 @@ class FineTuningTrainer(SpeechLLMTrainer):
     def __init__(self, model, args: FineTuningArguments, *positional: Any, **kwargs: Any):
         if args.lora_rank and not getattr(model, "_hf_peft_config_loaded", False):
             add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
+        if args.train_llm:
+            thaw_llm(model)
         super().__init__(model, args, *positional, **kwargs)
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
+        if self.eval_rows:
+            self._check_metrics()
         self.model_accepts_loss_kwargs = True  # the loss is divided by the answer tokens of the whole global batch
         self._prompt_start: tuple[torch.Tensor, Any] | None = None  # of a frozen LLM: token ids, keys and values
 
@@ -137,6 +159,22 @@ class FineTuningTrainer(SpeechLLMTrainer):
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
+    def _check_metrics(self) -> None:
+        """Score a few references, so that nothing is found to be missing after hours of training.
+
+        Raises:
+            ValueError: if evaluation will not find the metric that is to choose the best model.
+            ModuleNotFoundError: if a package of a task's metrics is not installed.
+        """
+        names, few, wanted = ["loss"], defaultdict(list), self.args.metric_for_best_model
+        if self.args.predict_with_generate:
+            for row in filter(is_scored, self.eval_rows):
+                few[task_of(row)].append(row)
+            right = {row["id"]: references_of(row)[0] for rows in few.values() for row in rows[:20]}
+            names += training_metrics(self.eval_rows, right)
+        if wanted is not None and wanted.removeprefix("eval_") not in names:
+            raise ValueError(f"metric_for_best_model is {wanted!r}; evaluation on this data gives {', '.join(names)}.")
+
     @torch.no_grad()
     def held_out_loss(self, dataset: AnswerItems) -> float:
         """Mean cross-entropy per answer token over `dataset`, in nats."""
@@ -159,13 +197,8 @@ class FineTuningTrainer(SpeechLLMTrainer):
             batch = self.on_device(batch)
             if not batch["weight"]:
                 continue
-            output = self.speechllm.generate(
-                **self._model_inputs(batch), max_new_tokens=self.args.max_new_tokens, do_sample=False, num_beams=1
-            )
-            texts = self.processing_class.batch_decode(
-                output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
-            )
-            found.update({dataset.rows[row]["id"]: text.strip() for row, text in zip(batch["rows"], texts)})
+            texts = generate_texts(self.speechllm, self.processing_class, batch, self.args.max_new_tokens)
+            found.update({dataset.rows[row]["id"]: text for row, (text, _) in zip(batch["rows"], texts)})
         if self.args.world_size > 1:
             found = dict(gather_object(list(found.items())))
         return found
@@ -173,7 +206,8 @@ class FineTuningTrainer(SpeechLLMTrainer):
     def evaluate(
         self, eval_dataset: list[Row] | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """`<prefix>_loss` per answer token and, with `predict_with_generate`, `<prefix>_wer` and `<prefix>_cer`."""
+        """`<prefix>_loss` per answer token and, with `predict_with_generate`, the metrics of each task that the rows have,
+        as in `<prefix>_st_bleu`; where all of it is recognition, `<prefix>_wer` and `<prefix>_cer` too."""
         start = time.time()
         rows = self.eval_rows if eval_dataset is None else self._usable(eval_dataset)
         if not rows:
@@ -182,9 +216,7 @@ class FineTuningTrainer(SpeechLLMTrainer):
         metrics = {"loss": self.held_out_loss(self.items(rows))}
         if self.args.predict_with_generate:
             self.predictions = self.answers(rows)
-            scored = [row for row in rows if row["id"] in self.predictions]
-            references = [row.get("target") or row["text"] for row in scored]
-            metrics.update(recognition_metrics(references, [self.predictions[row["id"]] for row in scored]))
+            metrics.update(training_metrics(rows, self.predictions))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         metrics.update(speed_metrics(metric_key_prefix, start, num_samples=len(rows)))
         self.write_set_aside()

@@ -1,0 +1,381 @@
+"""How well a model does its tasks: answers, metrics with intervals, and a page to read them on.
+
+1. Rows that cannot be asked (no audio, no prompt) are set aside. Every other row is answered (`generation.py`); an
+   interrupted run goes on where it stopped, any number of processes share the work.
+2. Answers to rows with a reference are scored (`metrics/`), by task and by language pair or trait.
+3. `predictions.jsonl`, `metrics.json` and `report.html` are written.
+"""
+
+import json
+import os
+import platform
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from ..data.feature_cache import FeatureCache, fingerprint
+from ..data.prompts import filled, prompt_of
+from ..data.schema import Row, SetAside, with_ids
+from ..hub.training_summary import library_versions
+from ..modeling_speechllm import SpeechLLMForConditionalGeneration
+from ..processing_speechllm import SpeechLLMProcessor
+from .generation import generate_answers
+from .layerwise import FEWEST, alignment_report
+from .metrics.comet import CometUnavailable, comet_score, find_environment
+from .page import strict_json, write_whole
+from .prediction_files import PredictionFiles, read_lines
+from .report import write_report
+from .scoring import compare, is_scored, references_of, score_task, task_of, utterance_scores
+from .text_abilities import compare_text_abilities
+
+
+SETTINGS_FILE = "evaluation.json"  # what the predictions in a folder were made with
+
+
+class EvaluationError(ValueError):
+    """An evaluation that cannot be done; the message says why and what to do."""
+
+
+@dataclass
+class Request:
+    """The rows to answer, and what was found wrong with the data."""
+
+    rows: list[Row]
+    set_aside: list[SetAside] = field(default_factory=list)
+    duplicates: list[str] = field(default_factory=list)  # ids that several rows had
+
+
+def evaluate_model(
+    model: SpeechLLMForConditionalGeneration,
+    processor: SpeechLLMProcessor,
+    rows: list[Row],
+    output: str | os.PathLike,
+    *,
+    tasks: list[str] | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int = 256,
+    num_beams: int = 1,
+    prompts: dict[str, str] | None = None,
+    oracle: bool = False,
+    bootstrap: int = 1000,
+    seed: int = 0,
+    normalisation: str = "basic",
+    cluster: str | None = None,
+    baseline: str | os.PathLike | None = None,
+    strict: bool = False,
+    set_aside: list[SetAside] | None = None,
+    frames: FeatureCache | None = None,
+    workers: int = 0,
+    text_abilities: bool = False,
+    alignment: bool = False,
+    comet: dict[str, Any] | None = None,
+    description: dict[str, Any] | None = None,
+    worst: int = 10,
+) -> dict[str, Any]:
+    """Answer, score and report; every process calls this, and gets the metrics.
+
+    Args:
+        rows: of the data schema; those of tasks without a metric, or without a reference, are answered but not scored.
+        output: folder for `predictions.jsonl`, `metrics.json` and `report.html`. Answers that it already holds, made by
+            the same model with the same settings, are kept.
+        tasks: evaluate these only; default: all that the rows have.
+        prompts: by task, the prompt in place of the rows' own; may name columns, as in "{question} Be brief."
+        oracle: put each row's transcript in the place of its audio: what the LLM answers if nothing is lost in hearing.
+        bootstrap: resamples for the intervals; 0 gives none.
+        seed: of the bootstrap and the paired test.
+        normalisation: of recognition, see `metrics/normalisation.py`.
+        cluster: column whose rows with the same value are drawn together for intervals and tests, as `passage_id`.
+        baseline: predictions of another run (its folder or file) for a paired test of each task's main metric.
+        strict: raise instead of setting rows aside, and where a reference is missing or an id is used twice.
+        set_aside: what was set aside before, to be reported with the rest.
+        frames: cache of encoder frames.
+        workers: processes that prepare batches.
+        text_abilities: compare the LLM's answers to text with those of the base LLM.
+        alignment: measure how speech and text meet at each layer, see `layerwise.py`; written to `alignment.html` too.
+        comet: score translations by COMET too, with these options of `metrics.comet.comet_score`.
+        description: of the data, for the report.
+        worst: utterances of each task to show in the report.
+
+    Returns:
+        The content of `metrics.json`; `tasks` holds, by task, `metrics`, their intervals, and counts.
+
+    Raises:
+        EvaluationError: if nothing can be evaluated, the folder holds answers made otherwise, or the data has faults and
+            `strict` is set.
+        CometUnavailable: if COMET is asked for and cannot run. (What else was asked for is written before, if it is only
+            found out at the end.)
+    """
+    start, state, output = time.time(), PartialState(), Path(output)
+    request = _request(rows, tasks, prompts or {}, oracle)
+    request.set_aside[:0] = set_aside or []
+    if strict:
+        _refuse_faults(request)
+    if not request.rows:
+        first = request.set_aside[0].reason if request.set_aside else "there are no rows."
+        raise EvaluationError(f"There is nothing to evaluate: {first}")
+    others = _read_baseline(baseline) if baseline else None  # all that could fail, before hours of work
+    if comet is not None:
+        find_environment(comet.get("python"))
+    pairs = _distinct_recordings(request.rows) if alignment else []
+    if alignment and len(pairs) < FEWEST:
+        raise EvaluationError(
+            f"Alignment needs {FEWEST} recordings with a transcript (`text`); the data has {len(pairs)}."
+        )
+    plans = 3 if find_spec("ot") else 0
+    made_by = {
+        "model": model_identity(model),
+        "generation": {
+            "tasks": sorted(set(map(task_of, request.rows))),
+            "max_new_tokens": max_new_tokens,
+            "num_beams": num_beams,
+            "oracle": oracle,
+        },
+    }
+    scoring = {"seed": seed, "normalisation": normalisation, "cluster": cluster}
+    if state.is_main_process:
+        _claim(output, made_by)
+    state.wait_for_everyone()
+    files = PredictionFiles(output, state.process_index)
+    resumed = sum((row["id"], prompt_of(row)) in files.answers for row in request.rows)
+    generate_answers(
+        model,
+        processor,
+        request.rows,
+        files,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        oracle=oracle,
+        frames=frames,
+        workers=workers,
+        strict=strict,
+    )
+    if state.is_main_process:
+        files.read()
+        tasks_found = _score(request.rows, files, others, bootstrap=bootstrap, **scoring)
+        failure = _add_comet(tasks_found, request.rows, files, comet, bootstrap, seed) if comet is not None else None
+        metrics = {
+            **made_by,
+            "data": {**(description or {}), **_data_counts(request)},
+            "scoring": {**scoring, "bootstrap": bootstrap, "baseline": str(baseline) if baseline else None},
+            "tasks": tasks_found,
+            "alignment": alignment
+            and alignment_report(model, processor, pairs, output=output, frames=frames, plans=plans),
+            "text_abilities": text_abilities and compare_text_abilities(model, processor),
+            "run": {
+                "seconds": round(time.time() - start, 1),
+                "answers_kept_from_before": resumed,
+                "batch_size": batch_size,
+                "processes": state.num_processes,
+                "device": str(model.device),
+                "versions": {"python": platform.python_version(), **library_versions()},
+            },
+        }
+        _write(output, metrics, request, files, worst)
+    state.wait_for_everyone()
+    if state.is_main_process and failure is not None:
+        raise failure
+    return json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+
+
+# ---- before --------------------------------------------------------------------------------------------------------
+
+
+def _request(rows: list[Row], tasks: list[str] | None, prompts: dict[str, str], oracle: bool) -> Request:
+    """The rows of these tasks that can be asked, with ids of their own and their prompts; the others, with reasons.
+
+    Raises:
+        EvaluationError: if no row is of one of the tasks.
+    """
+    present = Counter(map(task_of, rows))
+    if missing := [task for task in [*(tasks or []), *prompts] if task not in present]:
+        raise EvaluationError(
+            f"No row is of the task {', '.join(map(repr, missing))}; the data has {', '.join(present) or 'no rows'}."
+        )
+    rows = [row for row in rows if tasks is None or task_of(row) in tasks]
+    given = Counter(str(row["id"]) for row in rows if row.get("id") not in (None, ""))
+    request = Request([], duplicates=[name for name, count in given.items() if count > 1])
+    for row in with_ids(rows):
+        try:
+            if row.get("audio") is None and not oracle:
+                raise ValueError(f"{row['id']} has no `audio`. Give it one.")
+            if task_of(row) in prompts:
+                row = {**row, "prompt": filled(row, prompts[task_of(row)])}
+            prompt_of(row)
+            request.rows.append(row)
+        except ValueError as error:
+            request.set_aside.append(SetAside(row["id"], str(error)))
+    return request
+
+
+def _distinct_recordings(rows: list[Row]) -> list[Row]:
+    """One row with a transcript of each recording, whatever the task."""
+    found: dict[Any, Row] = {}
+    for row in rows:
+        if row.get("text") and row.get("audio") is not None:
+            audio = row["audio"]
+            found.setdefault(str(audio) if isinstance(audio, str | os.PathLike) else id(audio), row)
+    return list(found.values())
+
+
+def _refuse_faults(request: Request) -> None:
+    if request.set_aside:
+        raise EvaluationError(f"{request.set_aside[0].reason} (--strict stops here.)")
+    if request.duplicates:
+        names = ", ".join(request.duplicates[:5])
+        raise EvaluationError(f"{len(request.duplicates)} id(s) are used by several rows: {names}. Make them unique.")
+    if unscored := [row["id"] for row in request.rows if not is_scored(row)]:
+        raise EvaluationError(
+            f"{len(unscored)} row(s) have no reference, or no metric, to be scored by, the first: {unscored[0]}."
+        )
+
+
+def model_identity(model: SpeechLLMForConditionalGeneration) -> dict[str, Any]:
+    """What tells a model from another: a hash of its projector and its pinned base models, else of all its weights."""
+    adapter = any("lora_" in name for name in model.state_dict())
+    pinned = bool(model.config.base_models) and not model._base_is_trained() and not adapter
+    return {
+        "name": model.name_or_path or None,
+        "weights": fingerprint(model.model.projector if pinned else model),
+        "adapter": adapter,
+        "base_models": model.config.base_models,
+        "dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
+    }
+
+
+def _claim(output: Path, made_by: dict[str, Any]) -> None:
+    """Note in the folder what its predictions are made with.
+
+    Raises:
+        EvaluationError: if it holds predictions that were made otherwise.
+    """
+    path = output / SETTINGS_FILE
+    wanted = json.loads(json.dumps(made_by))
+    if path.is_file() and any(output.glob("predictions*.jsonl")):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            found = {}
+        for part, values in wanted.items():
+            for name, value in values.items():
+                if name != "name" and found.get(part, {}).get(name) != value:
+                    raise EvaluationError(
+                        f"{output} holds predictions of another run ({part} {name}: {found.get(part, {}).get(name)}, now "
+                        f"{value}). Choose another --output, or remove that folder."
+                    )
+    write_whole(path, json.dumps(wanted, indent=2) + "\n")
+
+
+def _read_baseline(path: str | os.PathLike) -> dict[str, str]:
+    path = Path(path)
+    path = path / "predictions.jsonl" if path.is_dir() else path
+    if not path.is_file():
+        raise EvaluationError(f"{path}: there is no such file of predictions. Give the --output of another evaluation.")
+    found = {line["id"]: line["prediction"] for line in read_lines(path) if "prediction" in line}
+    if not found:
+        raise EvaluationError(f"{path} holds no predictions. Give the --output of another evaluation.")
+    return found
+
+
+# ---- after ---------------------------------------------------------------------------------------------------------
+
+
+def _score(
+    rows: list[Row], files: PredictionFiles, baseline: dict[str, str] | None, bootstrap: int, **scoring: Any
+) -> dict[str, Any]:
+    """By task: counts and, where there are references, metrics, groups, the paired test, and each utterance's score."""
+    found: dict[str, Any] = {}
+    for task in dict.fromkeys(map(task_of, rows)):
+        members = [row for row in rows if task_of(row) == task]
+        lines = {row["id"]: files.answers.get((row["id"], prompt_of(row))) for row in members}
+        answered = [row for row in members if lines[row["id"]] is not None]
+        predictions = {row["id"]: lines[row["id"]]["prediction"] for row in answered}
+        scored = [row for row in answered if is_scored(row)]
+        found[task] = {
+            "utterances": len(members),
+            "answered": len(answered),
+            "scored": len(scored),
+            "without_reference": sum(not references_of(row) for row in members),
+            "empty_predictions": sum(not text for text in predictions.values()),
+            "cut_off": sum(not lines[row["id"]]["ended"] for row in answered),  # at the limit on tokens
+        }
+        if scored:
+            options = _options_for(task, scored, scoring)
+            found[task].update(score_task(task, scored, predictions, bootstrap=bootstrap, **options))
+            found[task]["utterance_scores"] = utterance_scores(task, scored, predictions)
+            if baseline is not None:
+                found[task]["against_baseline"] = compare(task, scored, predictions, baseline, **options)
+    return found
+
+
+def _add_comet(
+    tasks: dict[str, Any], rows: list[Row], files: PredictionFiles, options: dict[str, Any], bootstrap: int, seed: int
+) -> CometUnavailable | None:
+    """Add COMET to the metrics of translation, over the rows that have a transcript; what went wrong, if it did."""
+    lines = {row["id"]: files.answers.get((row["id"], prompt_of(row))) for row in rows}
+    rows = [row for row in rows if task_of(row) == "st" and is_scored(row) and row.get("text") and lines[row["id"]]]
+    if not rows:
+        return None
+    predictions = {row["id"]: lines[row["id"]]["prediction"] for row in rows}
+    try:
+        found = comet_score(rows, predictions, **options, bootstrap=bootstrap, seed=seed)
+    except CometUnavailable as error:
+        return error
+    tasks["st"]["metrics"].update(found, comet_utterances=len(rows))
+    return None
+
+
+def _options_for(task: str, rows: list[Row], scoring: dict[str, Any]) -> dict[str, Any]:
+    """The settings of scoring that a task has."""
+    options = {"seed": scoring["seed"]}
+    if task == "asr":
+        options["normalisation"] = scoring["normalisation"]
+    if all(row.get(scoring["cluster"]) is not None for row in rows):
+        options["cluster"] = scoring["cluster"]
+    return options
+
+
+def _data_counts(request: Request) -> dict[str, Any]:
+    seconds = [row["duration"] for row in request.rows if row.get("duration")]
+    return {
+        "rows": len(request.rows),
+        "hours": round(sum(seconds) / 3600, 4) if len(seconds) == len(request.rows) else None,
+        "duplicate_ids": request.duplicates,
+    }
+
+
+def _write(output: Path, metrics: dict[str, Any], request: Request, files: PredictionFiles, worst: int) -> None:
+    """The three files; the predictions in the order of the data."""
+    scores = {task: found.pop("utterance_scores", {}) for task, found in metrics["tasks"].items()}
+    aside = list(request.set_aside)
+    answers = []
+    for row in request.rows:
+        line = files.answers.get((row["id"], prompt_of(row)))
+        if line is None:
+            reason = files.unusable.get(row["id"], f"{row['id']} was not answered.")
+            aside.append(SetAside(row["id"], reason, "audio or transcript that cannot be used"))
+            continue
+        task = task_of(row)
+        audio = row.get("audio")
+        answers.append(
+            {
+                "id": row["id"],
+                "task": task,
+                "prompt": line["prompt"],
+                "prediction": line["prediction"],
+                "references": references_of(row),
+                "score": scores[task].get(row["id"]),
+                "ended": line["ended"],
+                "audio": str(audio) if isinstance(audio, str | os.PathLike) else None,
+            }
+        )
+    metrics["set_aside"] = [asdict(item) for item in aside]
+    files.replace([*answers, *({"id": item.id, "set_aside": item.reason} for item in aside)])
+    metrics = strict_json(metrics, "metrics")
+    write_whole(output / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+    write_report(output, metrics, request.rows, answers, scores, worst)

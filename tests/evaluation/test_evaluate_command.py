@@ -1,0 +1,162 @@
+"""`speechllm evaluate` as a user runs it: alone, on two processes, with bad input; and the LLM's text abilities."""
+
+import base64
+import contextlib
+import io
+import json
+import os
+import re
+import socket
+
+import pytest
+import soundfile
+import torch
+import torch.multiprocessing
+from accelerate.state import AcceleratorState
+from tiny import enliven, tone
+from tiny_training import fine_tuning, save_base_models, tiny_rows
+from transformers import AutoModelForCausalLM
+
+from speechllm import CheckpointError, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+from speechllm.cli import main
+from speechllm.evaluation.text_abilities import compare_text_abilities, first_difference
+
+
+SMALL = dict(hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=48)
+
+
+def assembled(folder):
+    speech, text = save_base_models(folder)
+    torch.manual_seed(5)
+    enliven(AutoModelForCausalLM.from_pretrained(text)).save_pretrained(text)  # so that answers have words
+    model = SpeechLLMForConditionalGeneration.from_speech_text_pretrained(speech, text, **SMALL)
+    return model, SpeechLLMProcessor.from_config(model.config)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A projector-only checkpoint, and a manifest with recognition and translation."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    model, processor = assembled(folder)
+    enliven(model.model.projector)  # so that they depend on the audio
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    rows = tiny_rows(7, seconds=0.3)
+    for i, row in enumerate(rows):
+        soundfile.write(folder / f"{i}.wav", row["audio"], 16_000)
+        row["audio"] = f"{i}.wav"
+        if i % 2:
+            row.update(task="st", target="eins zwei", target_language="de")
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def command(folder, output, *more):
+    options = ["--model", folder / "model", "--data", folder / "data.jsonl", "--output", output]
+    return ["evaluate", *map(str, options), "--max_new_tokens", "6", "--device", "cpu", "--bootstrap", "20", *more]
+
+
+def test_the_command_writes_predictions_metrics_and_report(folder, tmp_path, capsys):
+    more = ["--text_abilities", "--feature_cache", str(tmp_path / "cache"), "--tasks", "asr,st", "--batch_size", "2"]
+    assert main(command(folder, tmp_path / "out", *more)) == 0
+    printed = capsys.readouterr().out
+    assert "asr: 4 of 4 scored" in printed and "wer" in printed and "identical to the base LLM's" in printed
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["tasks"]["st"]["metrics"]["bleu_interval"]
+    assert metrics["model"]["name"] == str(folder / "model")
+    assert metrics["data"]["sources"] == [str(folder / "data.jsonl")]
+    assert (tmp_path / "out" / "report.html").stat().st_size > 5_000
+
+
+def start(rank, arguments, port, folder):
+    """One of two processes, as `torchrun` starts them. (Copies of this one: new ones import for seconds.)"""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the process that this one is a copy of
+    with open(folder / f"{rank}.txt", "w") as file, contextlib.redirect_stdout(file):
+        assert main(arguments) == 0
+
+
+def test_two_processes_give_the_answers_of_one(folder, tmp_path):
+    assert main(command(folder, tmp_path / "one", "--batch_size", "2")) == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = command(folder, tmp_path / "two", "--batch_size", "2")
+    torch.multiprocessing.start_processes(start, (arguments, port, tmp_path), nprocs=2, start_method="fork")
+    printed = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
+    assert ["Saved to" in text for text in printed] == [True, False]
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert two["run"]["processes"] == 2
+    assert one["tasks"] == two["tasks"]
+    texts = [(tmp_path / name / "predictions.jsonl").read_text() for name in ("one", "two")]
+    assert texts[0] == texts[1]
+    assert len({json.loads(line)["prediction"] for line in texts[0].splitlines()}) > 2
+    assert [path.name for path in (tmp_path / "two").glob("predictions*")] == ["predictions.jsonl"]
+
+
+def test_bad_input_is_reported_with_an_exit_code(folder, tmp_path, capsys):
+    rows = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["audio"] = str(folder / row["audio"])
+    (tmp_path / "broken.wav").write_bytes(b"RIFF nothing")
+    rows[2]["audio"] = str(tmp_path / "broken.wav")
+    rows[4]["audio"] = str(tmp_path / "missing.wav")
+    rows[1].pop("target")
+    (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = command(folder, tmp_path / "out")
+    arguments[arguments.index("--data") + 1] = str(tmp_path / "bad.jsonl")
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "asr: 2 of 3 scored" in printed and "1 without a reference" in printed and "1 utterance(s) set aside" in printed
+    )
+    assert main([*arguments, "--strict"]) == 1
+    assert ".wav" in capsys.readouterr().err
+    assert main([*arguments, "--tasks", "sqa"]) == 1
+    assert "No row is of the task 'sqa'" in capsys.readouterr().err
+    assert main([*arguments, "--batch_size", "0"]) == 2
+    assert "--batch_size is 0" in capsys.readouterr().err
+    assert main([*arguments, "--prompts", "st=Say"]) == 2
+
+
+def test_text_abilities_are_the_base_llms_unless_it_was_trained(tmp_path):
+    model, processor = assembled(tmp_path)
+    with torch.no_grad():
+        torch.nn.init.normal_(next(model.model.projector.parameters()))  # trained, or not: text does not pass it
+    found = compare_text_abilities(model, processor, prompts=("Hello", "One"), max_new_tokens=6)
+    assert found["identical"] is True and found["largest_logit_difference"] == 0
+    assert [item["first_difference"] for item in found["prompts"]] == [None, None]
+    assert all(item["answer"] for item in found["prompts"])
+    trainer = fine_tuning(
+        tmp_path / "run", model, tiny_rows(4), processor=processor, lora_rank=2, learning_rate=0.5, max_steps=3
+    )
+    trainer.train()
+    found = compare_text_abilities(model, processor, prompts=("Hello", "One"), max_new_tokens=6)
+    assert found["identical"] is False and found["largest_logit_difference"] > 0
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "llm")
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.view(-1)[0] += 1
+    other.save_pretrained(tmp_path / "llm")
+    with pytest.raises(CheckpointError, match="changed since"):
+        compare_text_abilities(model, processor)
+    model.config.base_models = None
+    assert compare_text_abilities(model, processor)["identical"] is None
+
+
+def test_the_first_difference_counts_a_missing_end():
+    assert first_difference([1, 2], [1, 2]) is None
+    assert first_difference([1, 2, 3], [1, 5, 3]) == 1
+    assert first_difference([1, 2], [1, 2, 3]) == 2
+    assert first_difference([], [4]) == 0
+
+
+def test_audio_of_a_report_is_playable(folder, tmp_path):
+    assert main(command(folder, tmp_path / "out")) == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    found = re.findall(r'<audio[^>]*src="data:audio/(\w+);base64,([^"]*)"', page)
+    assert len(found) == 7
+    samples, rate = soundfile.read(io.BytesIO(base64.b64decode(found[0][1])))
+    assert rate == 16_000 and 0.2 < len(samples) / rate < 0.5
+    assert abs(samples).max() == pytest.approx(abs(tone(0.3)).max(), abs=0.3)
