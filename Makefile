@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test test-all lint format lock wheel clean
+.PHONY: help install demo test test-all lint format docs notebooks lock wheel clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -37,6 +37,14 @@ lint: install  ## Check style and formatting
 format: install  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: install  ## Build the documentation into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+notebooks: install  ## Run the notebooks on the real small models, and keep their outputs (minutes)
+	$(BIN)/speechllm fetch
+	$(BIN)/python -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+	$(BIN)/ruff format notebooks
 
 lock: $(STAMP)  ## Pin the newest versions that fit into requirements.lock
 	$(BIN)/uv pip compile -q --universal --no-emit-index-url --all-extras --upgrade --output-file requirements.lock pyproject.toml
