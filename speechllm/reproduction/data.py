@@ -1,0 +1,144 @@
+"""The data of `tiny`: speech to pretrain on, a multi-task fine-tuning at every fraction, and its test.
+
+| task     | from                                                                                                  |
+|----------|-------------------------------------------------------------------------------------------------------|
+| `asr`    | recorded English prompts and spoken passages; random prompts one after the other, as half of them are |
+|          | single words (`data/joining.py`)                                                                      |
+| `st`     | the prompts' Spanish, French and Italian versions, written by people                                  |
+| `sqa`    | questions about the passages, all of which the LLM answers from the text (`synthesis`)                |
+| `traits` | who speaks, how fast, in what noise and room (`synthesis`)                                            |
+
+Pretraining hears prompts and passages with their transcripts, all of them: transcribed speech is what there is plenty of.
+What is written is not written again: remove `data/tiny` to have it made anew.
+
+A fraction of the fine-tuning data is one of the *recordings*, and so of all rows made from them; a smaller fraction lies
+in a larger one. Every manifest has the same number of rows of every task: with a tenth of the data they come round ten
+times as often. Training and test share no near-duplicate prompt, and no two facts that stand together in a passage.
+"""
+
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..data.forced_alignment import proportional_words
+from ..data.joining import joined_rows
+from ..data.schema import Row, load_rows
+from ..evaluation.page import write_whole
+from ..quickstart.downloads import cache_directory
+from ..quickstart.small_data import write_small_data
+from ..synthesis.engines import parse_voices
+from ..synthesis.passages import generate_passages
+from ..synthesis.speaking import synthesise
+from ..synthesis.spoken_questions import spoken_question_answering
+
+
+SMALL = Path("data/small")  # where the recipes look
+TINY = Path("data/tiny")
+PRETRAINING, PRETRAINING_TEST, TEST = TINY / "pretraining.jsonl", TINY / "pretraining-test.jsonl", TINY / "test.jsonl"
+PASSAGES = {"train": 600, "test": 80}
+VOICES = ("flite:slt", "flite:rms")
+ROWS_PER_TASK = 400
+LONGEST, LONGEST_JOINED = 8.0, 6.0  # seconds of a fine-tuning row
+TEST_ROWS = 80  # of a task
+
+
+def train_manifest(percent: int) -> Path:
+    return TINY / f"train-{percent}-percent.jsonl"
+
+
+def prepare_pretraining(source: str = "auto") -> None:
+    """Fetch, speak and write what pretraining hears, unless it is there."""
+    if PRETRAINING.is_file() and PRETRAINING_TEST.is_file():
+        return
+    if not (SMALL / "train-tasks.jsonl").is_file():
+        write_small_data(SMALL, source)
+    spoken = spoken_passages()
+    for part, path in (("test", PRETRAINING_TEST), ("train", PRETRAINING)):
+        _write(path, [*load_rows(SMALL / f"{part}.jsonl"), *spoken[part]])
+
+
+def spoken_passages() -> dict[str, list[Row]]:
+    """Passages of the kind that questions are asked about, each in one voice; no two facts that stand together in a test
+    passage do so in a training passage."""
+    test = generate_passages(PASSAGES["test"], "pretraining test")
+    texts = {"test": test, "train": generate_passages(PASSAGES["train"], "pretraining", apart_from=test)}
+    spoken = {}
+    for part, some in texts.items():
+        rows = [{"id": f"passage {part} {i}", "text": passage.text} for i, passage in enumerate(some)]
+        folder = cache_directory() / "synthesis" / f"tiny-passages-{part}"
+        made = synthesise(rows, folder, parse_voices(VOICES), takes=1, progress=False).rows
+        spoken[part] = [
+            {
+                **row,
+                "task": "asr",
+                "language": "en",
+                "words": proportional_words(row["text"], row["duration"]),
+                "alignment": "proportional",
+            }
+            for row in made
+            if row["duration"] <= LONGEST
+        ]
+    return spoken
+
+
+def prepare_fine_tuning(fractions: Iterable[int]) -> None:
+    """Write what is missing of the manifests of fine-tuning."""
+    missing = [percent for percent in fractions if percent and not train_manifest(percent).is_file()]
+    if not missing and TEST.is_file():
+        return
+    tasks = {}
+    questions = spoken_question_answering()
+    for part, transcribed in (("train", PRETRAINING), ("test", PRETRAINING_TEST)):
+        translated = [row for row in load_rows(SMALL / f"{part}-tasks.jsonl") if row["task"] == "st"]
+        tasks[part] = [*load_rows(transcribed), *translated, *questions[part]]
+    for percent in missing:
+        _write(train_manifest(percent), mixture(fraction(tasks["train"], percent), ROWS_PER_TASK))
+    if not TEST.is_file():
+        _write(TEST, test_rows(tasks["test"], TEST_ROWS))
+
+
+def fraction(rows: list[Row], percent: int) -> list[Row]:
+    """The rows of so many per cent of the recordings, drawn once for all: a smaller part lies in a larger one."""
+    recordings = sorted({row["audio"] for row in rows}, key=lambda audio: Path(audio).name)
+    order = random.Random("fraction").sample(recordings, len(recordings))
+    kept = set(order[: max(1, round(len(order) * percent / 100))])
+    return [row for row in rows if row["audio"] in kept]
+
+
+def mixture(rows: list[Row], count: int) -> list[Row]:
+    """`count` rows of every task, each as often as the others of its task."""
+    by_task: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["duration"] <= LONGEST:
+            by_task.setdefault(row["task"], []).append(row)
+    mixed = []
+    for task, pool in sorted(by_task.items()):
+        if task == "asr":
+            mixed += [
+                {**row, "id": f"asr {row['id']}", "task": "asr"} for row in joined_rows(pool, count, LONGEST_JOINED)
+            ]
+            continue
+        shuffled = random.Random(task).sample(pool, len(pool))
+        rounds = shuffled * -(-count // len(pool))
+        mixed += [{**row, "id": f"{row['id']} ({i // len(pool) + 1})"} for i, row in enumerate(rounds[:count])]
+    return [_without_words(row) for row in mixed]
+
+
+def test_rows(rows: list[Row], count: int) -> list[Row]:
+    """At most `count` rows of every task, drawn once for all, in the order of `rows`."""
+    chosen: set[int] = set()
+    for task in {row["task"] for row in rows}:
+        of_task = [i for i, row in enumerate(rows) if row["task"] == task]
+        chosen.update(random.Random(f"test {task}").sample(of_task, min(count, len(of_task))))
+    return [_without_words(rows[i]) for i in sorted(chosen)]
+
+
+def _without_words(row: Row) -> Row:
+    parts = {"parts": [_without_words(part) for part in row["parts"]]} if "parts" in row else {}
+    return {name: value for name, value in row.items() if name != "words"} | parts
+
+
+def _write(path: Path, rows: list[Row]) -> None:
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    write_whole(path, "".join(lines))

@@ -1,0 +1,70 @@
+"""Metrics of the finished cells, from their predictions, as tables of statistics that can be resampled.
+
+Each task has its own metric, the field's, and the loss of the right answers, in nats per token: at small sizes answers are
+rarely right, and the loss still tells how far from right they are.
+"""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..evaluation.metrics import corpus_metrics
+from ..evaluation.metrics.resampling import CorpusMetric
+
+
+Prediction = dict[str, Any]  # a line of predictions.jsonl, see `stages.predict`
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a metric is called, read and printed."""
+
+    task: str
+    metric: str
+    label: str
+    higher_is_better: bool
+    factor: float = 1.0  # from the metric's own unit to the printed one
+    digits: int = 1
+    decides: bool = False  # whether a claim about the task is decided by it
+
+    @property
+    def key(self) -> str:
+        return f"{self.task} {self.metric}"
+
+
+MEASURES = (
+    Measure("asr", "wer", "ASR WER %", False, factor=100, decides=True),
+    Measure("st", "bleu", "ST BLEU", True, decides=True),
+    Measure("st", "chrf++", "ST chrF++", True),
+    Measure("sqa", "f1", "SQA F1", True, decides=True),
+    Measure("sqa", "exact_match", "SQA EM", True),
+    Measure("traits", "accuracy", "traits accuracy %", True, factor=100, decides=True),
+    *(Measure(task, "loss", f"{task.upper() if task != 'traits' else task} loss", False, digits=3)
+      for task in ("asr", "st", "sqa", "traits")),
+)  # fmt: skip
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def metrics_of(predictions: list[Prediction]) -> dict[tuple[str, str], CorpusMetric]:
+    """(task, metric) -> the metric, with recordings (or passages) as its units, in an order that depends on the test rows
+    alone."""
+    by_task = defaultdict(list)
+    for prediction in sorted(predictions, key=lambda prediction: prediction["id"]):
+        by_task[prediction["task"]].append(prediction)
+    found = {}
+    for task, rows in by_task.items():
+        metrics, _ = corpus_metrics(task, rows, {row["id"]: row["prediction"] for row in rows})
+        metrics["loss"] = CorpusMetric(np.array([[row["loss"], row["tokens"]] for row in rows]), _ratio)
+        found |= {(task, name): metric.grouped([row["speech"] for row in rows]) for name, metric in metrics.items()}
+    return found
+
+
+def _ratio(sums: np.ndarray) -> float:
+    return float(sums[0] / sums[1])

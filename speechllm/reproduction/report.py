@@ -1,0 +1,206 @@
+"""The report of a run, from what is there of its cells: results.json, results.md, results.html and plots.
+
+Everything is computed from the cells' files, so that it can be written again at any time (`speechllm reproduce` does so
+after every cell). Rows and fractions that were not run are left out, and the report says how much is there.
+"""
+
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..evaluation import plots
+from ..evaluation.metrics.resampling import CorpusMetric
+from ..evaluation.page import inline_plot, render, strict_json, write_whole
+from .claims import CLAIMS, Cells, verdicts
+from .intervals import Estimate, difference, mean_over_seeds
+from .measures import MEASURES, Measure, metrics_of, read_predictions
+from .plan import Cell, Scale, with_starts
+from .run import read_result
+from .stages import PREDICTIONS
+from .tables import about, markdown, tables_of
+
+
+TEMPLATE = Path(__file__).with_name("results.html.jinja")
+BASELINES = ("none", "asr-pretraining")
+DRAWN = ("none", "asr-pretraining", "contr-cos-emb", "contr-cos-all", "contr-wasser-all")  # rows in the plots
+
+
+class Report:
+    """Reads cells as they come, and writes the report; a cell's predictions are scored once.
+
+    Args:
+        command: how the run was started.
+    """
+
+    def __init__(self, scale: Scale, cells: list[Cell], output: Path, command: str | None = None):
+        self.scale, self.cells, self.output = scale, cells, output
+        self.command = command or shlex.join(["speechllm", *sys.argv[1:]])
+        self._scored: dict[str, dict[tuple[str, str], CorpusMetric]] = {}
+
+    def write(self) -> dict[str, Any]:
+        results = strict_json(self.results())
+        write_whole(self.output / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        drawn = {
+            name: inline_plot(figure, name, text, self.output / "plots") for name, figure, text in figures_of(results)
+        }
+        tables = tables_of(results)
+        page = render(TEMPLATE, results=results, tables=tables, figures=drawn, about=about(results))
+        write_whole(self.output / "results.html", page)
+        write_whole(self.output / "results.md", markdown(results, tables, list(drawn)))
+        return results
+
+    def results(self) -> dict[str, Any]:
+        found = {cell: result for cell in self.cells if (result := read_result(cell, self.output))}
+        tested: Cells = defaultdict(dict)
+        for cell in found:
+            if cell.stage == "fine-tuning":
+                tested[cell.row, cell.percent][cell.seed] = self._metrics(cell)
+        rows = list(dict.fromkeys(cell.row for cell in self.cells))
+        return {
+            "scale": self.scale.name,
+            "command": self.command,
+            "notes": self.scale.notes,
+            "cells": {"planned": len(self.cells), "there": len(found)},
+            "seeds": sorted({cell.seed for cell in found}),
+            "created": max((result["created"] for result in found.values()), default=None),
+            "versions": {name: version(name) for name in ("speechllm", "torch", "transformers", "peft")}
+            | {"python": platform.python_version()},
+            "machine": machine(),
+            "claims": verdicts(tested, CLAIMS),
+            "rows": {row: self._row(row, found, tested) for row in rows},
+            "units": {task: len(metric.statistics) for (task, _), metric in _any(tested).items()},
+        }
+
+    def _metrics(self, cell: Cell) -> dict[tuple[str, str], CorpusMetric]:
+        if cell.hash not in self._scored:
+            self._scored[cell.hash] = metrics_of(read_predictions(self.output / cell.name / PREDICTIONS))
+        return self._scored[cell.hash]
+
+    def _row(self, row: str, found: dict[Cell, dict[str, Any]], tested: Cells) -> dict[str, Any]:
+        pretrained = [cell for cell in found if cell.row == row and cell.stage == "pretraining"]
+        percents = sorted({percent for name, percent in tested if name == row}, reverse=True)
+        return {
+            "pretraining": _pretraining(pretrained, found),
+            "fine_tuning": {
+                str(percent): _tested(tested[row, percent], row, percent, tested)
+                | {
+                    "seconds": _mean(found, row, percent, "seconds"),
+                    "peak_memory_bytes": _mean(found, row, percent, "peak_memory_bytes"),
+                }
+                for percent in percents
+            },
+        }
+
+
+def _any(tested: Cells) -> dict[tuple[str, str], CorpusMetric]:
+    return next(iter(next(iter(tested.values()), {}).values()), {})
+
+
+def _mean(found: Mapping[Cell, dict[str, Any]], row: str, percent: int, name: str) -> float:
+    return statistics.mean(result[name] for cell, result in found.items() if (cell.row, cell.percent) == (row, percent))
+
+
+def _pretraining(cells: list[Cell], found: Mapping[Cell, dict[str, Any]]) -> dict[str, Any]:
+    """Cost (with that of the rows it starts from) and retrieval, means over seeds."""
+    if not cells:
+        return {}
+    chains = [[found[cell] for cell in with_starts(cell) if cell in found] for cell in cells]
+    cost = {
+        name: statistics.mean(sum(result[name] for result in chain) for chain in chains)
+        for name in ("seconds", "processor_seconds", "steps", "llm_tokens")
+    }
+    cost["peak_memory_bytes"] = statistics.mean(
+        max(result["peak_memory_bytes"] for result in chain) for chain in chains
+    )
+    first = found[cells[0]]["retrieval"]
+    return {
+        "seeds": [cell.seed for cell in cells],
+        **cost,
+        "retrieval": {
+            "texts": first["texts"],
+            **{
+                name: {
+                    layer: statistics.mean(found[cell]["retrieval"][name][layer] for cell in cells)
+                    for layer in first[name]
+                }
+                for name in ("recall@1", "recall@5", "mean_rank")
+            },
+            "recall@1_of_seeds": [statistics.mean(found[cell]["retrieval"]["recall@1"].values()) for cell in cells],
+        },
+    }
+
+
+def _tested(seeds: Mapping[int, Any], row: str, percent: int, tested: Cells) -> dict[str, Any]:
+    """Every measure: its estimate, and the differences to the baselines on the same fraction."""
+    order = sorted(seeds)
+    found: dict[str, Any] = {"seeds": order, "measures": {}}
+    for measure in MEASURES:
+        key = (measure.task, measure.metric)
+        if any(key not in seeds[seed] for seed in order):
+            continue
+        entry = printed(mean_over_seeds([seeds[seed][key] for seed in order]), measure)
+        for baseline in BASELINES:
+            others = tested.get((baseline, percent), {})
+            common = [seed for seed in order if seed in others]
+            if row != baseline and common:
+                change = difference([seeds[seed][key] for seed in common], [others[seed][key] for seed in common])
+                entry[f"against_{baseline}"] = {**printed(change, measure), "p": change.p}
+        found["measures"][measure.key] = entry
+    return found
+
+
+def printed(estimate: Estimate, measure: Measure) -> dict[str, Any]:
+    """In the unit in which it is printed."""
+    return {
+        "value": measure.factor * estimate.value,
+        "interval": [measure.factor * end for end in estimate.interval],
+        "seeds": [measure.factor * value for value in estimate.seeds],
+        "error_of_seeds": measure.factor * estimate.error_of_seeds,
+        "error_of_test": measure.factor * estimate.error_of_test,
+    }
+
+
+def machine() -> dict[str, Any]:
+    found: dict[str, Any] = {"platform": f"{platform.system()} {platform.machine()}", "cpus": os.cpu_count()}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def figures_of(results: dict[str, Any]) -> list[tuple[str, Any, str]]:
+    """(name, figure, text alternative) of what is there."""
+    rows = {name: results["rows"][name] for name in DRAWN if name in results["rows"]}
+    found = []
+    recalls = {name: row["pretraining"]["retrieval"]["recall@1"] for name, row in rows.items() if row["pretraining"]}
+    if recalls:
+        figure = plots.lines_per_place(recalls, "recall@1", limits=(0, 1))
+        found.append(("retrieval", figure, "Held-out retrieval per layer, one line per row of pretraining."))
+    for measure in MEASURES:
+        if measure.metric != "loss" and not measure.decides:
+            continue
+        curves = {
+            name: {
+                percent: (entry["value"], *entry["interval"])
+                for percent, tested in reversed(row["fine_tuning"].items())
+                if (entry := tested["measures"].get(measure.key))
+            }
+            for name, row in rows.items()
+        }
+        if curves := {name: values for name, values in curves.items() if values}:
+            figure = plots.lines_per_place(curves, measure.label, places="% of the fine-tuning data")
+            text = f"{measure.label} over the share of the fine-tuning data, one line per row, with 95% intervals."
+            found.append((f"{measure.task}-{measure.metric}", figure, text))
+    return found

@@ -1,0 +1,131 @@
+"""Run the cells of a plan that are not there yet, and write the report after each.
+
+- A cell is there if its folder has a `result.json` with its hash. One whose settings, data or start changed is run again.
+- A cell that fails leaves `error.txt`; the run goes on without those that start from it, and the next run tries again.
+- Progress tells the time left, from the time that cells of the same kind took.
+"""
+
+import gc
+import json
+import os
+import shutil
+import statistics
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from .plan import Cell, with_starts
+from .stages import run_cell
+
+
+RESULT, ERROR = "result.json", "error.txt"
+
+
+def read_result(cell: Cell, output: Path) -> dict[str, Any] | None:
+    """The result of exactly this cell; None if it was not run, or with other settings."""
+    found = _stored(cell, output)
+    return found if found and found["hash"] == cell.hash else None
+
+
+def _stored(cell: Cell, output: Path) -> dict[str, Any] | None:
+    path = output / cell.name / RESULT
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+class Runner:
+    """Runs cells in order.
+
+    Args:
+        cells: see `plan`.
+        output: folder of the run.
+        report: called with the output folder after every cell.
+        run: runs one cell.
+    """
+
+    def __init__(
+        self,
+        cells: list[Cell],
+        output: Path,
+        report: Callable[[], None] = lambda: None,
+        run: Callable[[Cell, Path], dict[str, Any]] = run_cell,
+    ):
+        self.cells, self.output, self.report, self.run_cell = cells, output, report, run
+        self.failed: dict[str, str] = {}
+        self.begin = time.monotonic()
+
+    def run(self) -> bool:
+        """Whether all cells are there at the end."""
+        missing = [cell for cell in self.cells if read_result(cell, self.output) is None]
+        self.say(f"{len(self.cells)} cells, {len(self.cells) - len(missing)} of them there already")
+        for number, cell in enumerate(missing, 1):
+            position = f"{number}/{len(missing)} {cell.name.removeprefix('cells/')}"
+            if lost := next((start for start in with_starts(cell.start) if start.name in self.failed), None):
+                self.failed[cell.name] = f"{lost.name} failed"
+                self.say(f"{position}: skipped, as {lost.name} failed")
+                continue
+            if _stored(cell, self.output):
+                self.say(f"{position}: its settings or data changed; run again")
+            self.say(f"{position} ... {self._time_left(missing[number - 1 :])}")
+            self._run(cell)
+            self.report()
+        if not missing:
+            self.report()
+        return not self.failed
+
+    def _run(self, cell: Cell) -> None:
+        folder = self.output / cell.name
+        shutil.rmtree(folder, ignore_errors=True)  # of other settings, or of a run that was cut off
+        folder.mkdir(parents=True)
+        begin = time.monotonic()
+        try:
+            result = self.run_cell(cell, self.output)
+        except Exception as error:  # of any kind: the other cells go on
+            message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            self.failed[cell.name] = message
+            (folder / ERROR).write_text(traceback.format_exc(), encoding="utf-8")
+            self.say(f"failed: {message} (see {folder / ERROR})")
+        else:
+            result = {
+                "stage": cell.stage,
+                "row": cell.row,
+                "seed": cell.seed,
+                "percent": cell.percent,
+                "hash": cell.hash,
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "cell_seconds": round(time.monotonic() - begin, 1),
+                **result,
+            }
+            partial = folder / f".{RESULT}"
+            partial.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            os.replace(partial, folder / RESULT)
+            shutil.rmtree(folder / "training", ignore_errors=True)
+        gc.collect()
+
+    def _time_left(self, missing: list[Cell]) -> str:
+        """From the mean time of finished cells of the same kind; of the other stage's, where there is none."""
+        taken = defaultdict(list)
+        for cell in self.cells:
+            if result := read_result(cell, self.output):
+                taken[cell.stage].append(result["cell_seconds"])
+        if not taken:
+            return ""
+        means = {stage: statistics.mean(values) for stage, values in taken.items()}
+        fallback = statistics.mean(means.values())
+        seconds = sum(means.get(cell.stage, fallback) for cell in missing)
+        return f"(about {duration(seconds)} left)"
+
+    def say(self, text: str) -> None:
+        minutes, seconds = divmod(int(time.monotonic() - self.begin), 60)
+        print(f"[{minutes:3d}:{seconds:02d}] {text}", flush=True)
+
+
+def duration(seconds: float) -> str:
+    """As people say it: 40 s, 12 min, 1 h 05 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"

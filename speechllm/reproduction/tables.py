@@ -1,0 +1,194 @@
+"""The results as tables of text, for a page of Markdown and one of HTML."""
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .measures import MEASURES, Measure
+
+
+Results = Mapping[str, Any]  # see `report.Report.results`
+MARKS = {"none": "₀", "asr-pretraining": "ₐ"}  # of a baseline, behind an arrow
+
+
+@dataclass
+class Table:
+    title: str
+    header: list[str]
+    note: str = ""
+    lines: list[list[str]] = field(default_factory=list)
+    level: int = 2
+
+
+def about(results: Results) -> str:
+    """What was run, where, with what."""
+    cells = results["cells"]
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    machine = results["machine"]
+    place = ", ".join([machine["platform"], f"{machine['cpus']} processors", *filter(None, [machine.get("gpu")])])
+    units = ", ".join(f"{count} {task}" for task, count in results["units"].items())
+    return (
+        f"{cells['there']} of {cells['planned']} cells; seeds {', '.join(map(str, results['seeds'])) or 'none yet'}; test "
+        f"recordings or passages: {units or 'none yet'}; {versions}; {place}."
+    )
+
+
+def tables_of(results: Results) -> list[Table]:
+    losses = [measure for measure in MEASURES if measure.metric == "loss"]
+    others = [measure for measure in MEASURES if measure.metric != "loss"]
+    legend = (
+        "Mean over seeds with its 95% interval (seeds and test set). Arrows: better ↑ or worse ↓ than no pretraining (₀) "
+        "or ASR pretraining (ₐ) on the same data, paired, p < 0.05, not adjusted for the number of tests."
+    )
+    return [
+        _claims(results),
+        _pretraining(results),
+        _fine_tuned(results, "Fine-tuned: the field's metrics", others, legend),
+        _fine_tuned(results, "Fine-tuned: loss of the right answers, nats per token", losses, legend),
+        _cost(results),
+        *(table for claim in results["claims"] for table in _comparisons(claim)),
+    ]
+
+
+def markdown(results: Results, tables: list[Table], figures: list[str]) -> str:
+    """A page whose plots are the files `plots/<figure>.svg` beside it."""
+    lines = [f"# Scale `{results['scale']}`", "", f"`{results['command']}`", "", about(results), ""]
+    lines += [f"- {note}" for note in results["notes"]]
+    for table in tables:
+        lines += ["", f"{'#' * table.level} {table.title}", "", *([table.note, ""] if table.note else [])]
+        if not table.lines:
+            lines.append("Not run yet.")
+            continue
+        lines += [_line(table.header), "|" + "---|" * len(table.header), *map(_line, table.lines)]
+    if figures:
+        lines += ["", "## Plots", "", *(f"![{name}](plots/{name}.svg)" for name in figures)]
+    return "\n".join(lines) + "\n"
+
+
+def _line(texts: list[str]) -> str:
+    return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
+
+
+# ---- the tables ------------------------------------------------------------------------------------------------------
+
+
+def _claims(results: Results) -> Table:
+    note = (
+        "A comparison is confirmed or contradicted if p < 0.05 after Holm's adjustment within its claim; a claim is "
+        "confirmed if all of its comparisons are, contradicted if one is and none is confirmed, else undecided at this "
+        "size. The field's metrics decide; the loss of the right answers is shown beside."
+    )
+    table = Table("Claims", ["claim", "verdict", "confirmed", "contradicted", "of", "by the loss", "confirmed",
+                             "contradicted"], note)  # fmt: skip
+    for claim in results["claims"]:
+        by_metric, by_loss = claim["by_metric"], claim["by_loss"]
+        of = f"{by_metric['run']}" + ("" if by_metric["run"] == by_metric["planned"] else f" ({by_metric['planned']})")
+        counts = [[str(kind["confirmed"]), str(kind["contradicted"])] for kind in (by_metric, by_loss)]
+        table.lines.append([claim["claim"], by_metric["verdict"], *counts[0], of, by_loss["verdict"], *counts[1]])
+    return table
+
+
+def _pretraining(results: Results) -> Table:
+    header = ["row", "seeds", "recall@1, mean of layers", "each seed"]
+    layers = next(
+        (row["pretraining"]["retrieval"]["recall@1"] for row in results["rows"].values() if row["pretraining"]), {}
+    )
+    table = Table(
+        "Pretrained: held-out retrieval",
+        [*header, *(f"layer {layer}" for layer in layers)],
+        "Per cent of utterances whose transcript is the nearest of all, by the cosine of mean states.",
+    )
+    for name, row in results["rows"].items():
+        if entry := row["pretraining"]:
+            recall = entry["retrieval"]
+            values = list(recall["recall@1"].values())
+            seeds = ", ".join(f"{100 * value:.0f}" for value in recall["recall@1_of_seeds"])
+            table.lines.append(
+                [
+                    name,
+                    str(len(entry["seeds"])),
+                    f"{100 * statistics.mean(values):.1f}",
+                    seeds,
+                    *(f"{100 * value:.0f}" for value in values),
+                ]
+            )
+    return table
+
+
+def _cost(results: Results) -> Table:
+    header = [
+        "row",
+        "steps",
+        "seconds",
+        "processor seconds",
+        "peak memory, GB",
+        "LLM tokens",
+        "fine-tuning seconds",
+        "fine-tuning peak, GB",
+    ]
+    table = Table(
+        "Cost",
+        header,
+        "Of one pretraining, with the warm start that it goes on from, and of one fine-tuning; means over seeds. Frozen "
+        "features that are computed once for all rows are not counted.",
+    )
+    for name, row in results["rows"].items():
+        entry, tuned = row["pretraining"], list(row["fine_tuning"].values())
+        if not entry:
+            continue
+        line = [name, f"{entry['steps']:.0f}", f"{entry['seconds']:.0f}", f"{entry['processor_seconds']:.0f}"]
+        line += [f"{entry['peak_memory_bytes'] / 1e9:.1f}", f"{entry['llm_tokens']:,.0f}"]
+        line += [f"{statistics.mean(cell['seconds'] for cell in tuned):.0f}" if tuned else ""]
+        line += [f"{statistics.mean(cell['peak_memory_bytes'] for cell in tuned) / 1e9:.1f}" if tuned else ""]
+        table.lines.append(line)
+    return table
+
+
+def _fine_tuned(results: Results, title: str, measures: list[Measure], note: str) -> Table:
+    entries = [
+        (name, percent, tested)
+        for name, row in results["rows"].items()
+        for percent, tested in row["fine_tuning"].items()
+    ]
+    shown = [m for m in measures if any(m.key in tested["measures"] for _, _, tested in entries)]
+    table = Table(title, ["row", "data", "seeds", *(measure.label for measure in shown)], note)
+    for name, percent, tested in entries:
+        texts = [_value(tested["measures"].get(measure.key), measure) for measure in shown]
+        table.lines.append([name, f"{percent}%", str(len(tested["seeds"])), *texts])
+    return table
+
+
+def _value(entry: Mapping[str, Any] | None, measure: Measure) -> str:
+    if entry is None:
+        return ""
+    low, high = entry["interval"]
+    text = f"{entry['value']:.{measure.digits}f} [{low:.{measure.digits}f}, {high:.{measure.digits}f}]"
+    for baseline, mark in MARKS.items():
+        change = entry.get(f"against_{baseline}")
+        if change and change["p"] is not None and change["p"] < 0.05:
+            text += (" ↑" if (change["value"] > 0) == measure.higher_is_better else " ↓") + mark
+    return text
+
+
+def _comparisons(claim: Mapping[str, Any]) -> list[Table]:
+    tables = []
+    for kind, title in (("by_metric", "by the metrics"), ("by_loss", "by the loss")):
+        verdict = claim[kind]
+        if not verdict["comparisons"]:
+            continue
+        table = Table(
+            f"{claim['name']}, {title}: {verdict['verdict']}".capitalize(),
+            ["comparison", "improvement", "95% interval", "each seed", "adjusted p", ""],
+            level=3,
+        )
+        for part in verdict["comparisons"]:
+            measure = next(m for m in MEASURES if (m.task, m.metric) == (part["task"], part["metric"]))
+            numbers = [part["improvement"], *part["interval"], *part["improvement_of_seeds"]]
+            value, low, high, *seeds = (f"{number:.{measure.digits}f}" for number in numbers)
+            table.lines.append(
+                [part["comparison"], f"{value} {measure.label.partition(' ')[2]}", f"{low} to {high}", ", ".join(seeds),
+                 f"{part['adjusted_p']:.3f}", part["verdict"]]
+            )  # fmt: skip
+        tables.append(table)
+    return tables

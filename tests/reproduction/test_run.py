@@ -1,0 +1,255 @@
+"""The whole grid on tiny random models: order, resumption, failures, and the report; seconds in all."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import soundfile
+import yaml
+from tiny_training import save_base_models, tiny_rows
+
+from speechllm.recipes import UsageError
+from speechllm.reproduction.plan import Row, Scale, plan
+from speechllm.reproduction.report import Report
+from speechllm.reproduction.run import Runner, read_result
+from speechllm.reproduction.stages import run_cell
+
+
+PROJECTOR = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "num_queries": 2}  # fmt: skip
+SCALE = Scale(
+    name="test",
+    recipes="small",
+    rows=(
+        Row("none"),
+        Row("asr-pretraining", "asr-pretraining"),
+        Row("contr-cos-all", "contr-cos-all", {"max_steps": 3}),
+        Row("warm-start", "contr-cos-all", {"layers": "emb"}, seeds=1, tested=False),
+        Row("contr-cos-all-asr", "contr-cos-all", {"next_token_weight": 1}, start="warm-start", seeds=1),
+    ),
+    fractions=(100, 50),
+    seeds=2,
+    notes=("A test.",),
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Two base models, manifests and recipes, as the command finds them."""
+    folder = tmp_path_factory.mktemp("world")
+    speech, text = save_base_models(folder)
+    tasks = [{"task": "asr"}, {"task": "st", "target_language": "German", "target": "etwas anderes"},
+             {"task": "sqa", "question": "What is it?", "target": "it is", "answers": ["it is", "it"]},
+             {"task": "traits", "trait": "gender", "choices": ["female", "male"], "target": "male"}]  # fmt: skip
+    lines = []
+    for i, row in enumerate(tiny_rows(24)):
+        soundfile.write(folder / f"{i}.wav", row["audio"], 16_000)
+        lines.append({**row, "audio": f"{i}.wav", "duration": len(row["audio"]) / 16_000, **tasks[i % 4]})
+    for name, rows in (("train", lines[:16]), ("test", lines[16:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = {"train_data": str(folder / "train.jsonl"), "eval_data": str(folder / "test.jsonl"), "max_steps": 2,
+              "per_device_train_batch_size": 4, "save_strategy": "no", "dataloader_pin_memory": False,
+              "feature_cache": str(folder / "cache"), "learning_rate": 1e-2, "logging_steps": 1}  # fmt: skip
+    stage1 = {**common, "speech_model": speech, "text_model": text, "projector": PROJECTOR,
+              "text_state_cache": str(folder / "cache")}  # fmt: skip
+    recipes = {
+        "base/stage1": stage1,
+        "asr-pretraining": {"base": "base/stage1.yaml", "contrastive_weight": 0, "next_token_weight": 1},
+        "contr-cos-all": {"base": "base/stage1.yaml", "layers": "0,2"},
+        "finetune": {**common, "model": "elsewhere", "predict_with_generate": False, "max_new_tokens": 3},
+    }
+    (folder / "recipes" / "small" / "base").mkdir(parents=True)
+    for name, values in recipes.items():
+        (folder / "recipes" / "small" / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    return folder
+
+
+def cells_of(world, rows=("none", "contr-cos-all"), seeds=1, fractions=(100,), scale=SCALE):
+    return plan(scale, world / "recipes", rows, seeds, fractions)
+
+
+def names(cells):
+    return [cell.name.removeprefix("cells/") for cell in cells]
+
+
+# ---- the plan --------------------------------------------------------------------------------------------------------
+
+
+def test_first_seed_of_all_rows_comes_first(world):
+    cells = names(plan(SCALE, world / "recipes"))
+    assert cells[:5] == [f"pretraining/{row.name}-seed-0" for row in SCALE.rows]
+    assert cells[5:9] == [f"fine-tuning/{name}-100-percent-seed-0"
+                          for name in ("none", "asr-pretraining", "contr-cos-all", "contr-cos-all-asr")]  # fmt: skip
+    assert cells[9] == "fine-tuning/none-50-percent-seed-0"
+    later = cells[13:]
+    assert len(later) == 9 and all(name.endswith("seed-1") for name in later)  # rows of one seed are done
+    assert not any("asr" in name and "contr" in name for name in later)
+
+
+def test_a_row_brings_the_one_it_starts_from(world):
+    cells = cells_of(world, ["contr-cos-all-asr"])
+    assert names(cells) == ["pretraining/warm-start-seed-0", "pretraining/contr-cos-all-asr-seed-0",
+                            "fine-tuning/contr-cos-all-asr-100-percent-seed-0"]  # fmt: skip
+    assert cells[1].start is cells[0] and "speech_model" not in cells[1].settings
+
+
+def test_unknown_row(world):
+    with pytest.raises(UsageError, match=r"no row 'contr'\. Choose from none, asr-pretraining"):
+        cells_of(world, ["contr"])
+
+
+def test_hash_tells_what_changes_a_result(world, tmp_path):
+    def hashes(**changes):
+        return [cell.hash for cell in cells_of(world, scale=replace(SCALE, **changes))]
+
+    same = hashes()
+    assert hashes(pretraining={"logging_steps": 7, "output_dir": "x"}) == same
+    none, contrastive, *tested = hashes(pretraining={"learning_rate": 5e-3})
+    assert [none != same[0], contrastive != same[1], *(a != b for a, b in zip(tested, same[2:]))] == [True] * 4
+    assert [a == b for a, b in zip(hashes(fine_tuning={"max_steps": 9}), same)] == [True, True, False, False]
+    copy = tmp_path / "train.jsonl"
+    shutil.copy(world / "train.jsonl", copy)
+    assert hashes(fine_tuning={"train_data": str(copy)}) == same  # the content counts, not the place
+    copy.write_text(copy.read_text() + "\n")
+    assert hashes(fine_tuning={"train_data": str(copy)}) != same
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    """Two rows, two seeds, one fraction."""
+    output = tmp_path_factory.mktemp("run")
+    cells = cells_of(world, ("none", "contr-cos-all"), seeds=2)
+    report = Report(SCALE, cells, output, command="speechllm reproduce")
+    assert Runner(cells, output, report.write).run()
+    return cells, output
+
+
+def test_grid(finished):
+    cells, output = finished
+    assert len(cells) == 8
+    results = {cell.name.removeprefix("cells/"): read_result(cell, output) for cell in cells}
+    untrained = results["pretraining/none-seed-0"]
+    assert untrained["steps"] == 0 and untrained["history"] == []
+    pretrained = results["pretraining/contr-cos-all-seed-1"]
+    assert pretrained["steps"] == 3 and len(pretrained["history"]) == 3 and pretrained["llm_tokens"] > 0
+    assert pretrained["seconds"] > 0 and pretrained["peak_memory_bytes"] > 1e7
+    assert pretrained["retrieval"]["texts"] == 8 and set(pretrained["retrieval"]["recall@1"]) == {"0", "3"}
+    tested = results["fine-tuning/contr-cos-all-100-percent-seed-0"]
+    assert tested["steps"] == 2 and tested["test_rows"] == 8
+    lines = (output / "cells/fine-tuning/contr-cos-all-100-percent-seed-0/predictions.jsonl").read_text().splitlines()
+    predictions = [json.loads(line) for line in lines]
+    assert {line["task"] for line in predictions} == {"asr", "st", "sqa", "traits"}
+    assert all(line["loss"] > 0 and line["tokens"] > 0 and isinstance(line["prediction"], str) for line in predictions)
+    assert not (output / "cells/pretraining/none-seed-0/training").exists()
+
+
+def test_fine_tuning_starts_from_the_pretrained_weights(finished):
+    """The same seed and data, another start: other losses from the first step on."""
+    cells, output = finished
+    losses = {cell.row: read_result(cell, output)["history"][0]["loss"]
+              for cell in cells if cell.stage == "fine-tuning" and cell.seed == 0}  # fmt: skip
+    assert losses["none"] != losses["contr-cos-all"]
+
+
+def test_report(finished):
+    _, output = finished
+    results = json.loads((output / "results.json").read_text())
+    assert results["cells"] == {"planned": 8, "there": 8} and results["seeds"] == [0, 1]
+    entry = results["rows"]["contr-cos-all"]["fine_tuning"]["100"]["measures"]["asr loss"]
+    low, high = entry["interval"]
+    assert low < entry["value"] < high and entry["value"] == pytest.approx(sum(entry["seeds"]) / 2)
+    assert set(entry["against_none"]) >= {"value", "interval", "p"}
+    claim = next(claim for claim in results["claims"] if claim["name"] == "all layers")
+    assert claim["by_metric"]["run"] == 2 and claim["by_metric"]["planned"] == 16
+    assert claim["by_metric"]["verdict"] == "undecided"
+    page, text = (output / "results.html").read_text(), (output / "results.md").read_text()
+    assert "<svg" in page and "contr-cos-all" in page and "<script" not in page
+    assert "| contr-cos-all | 100% | 2 |" in text
+    assert {path.name for path in (output / "plots").glob("*.svg")} >= {"retrieval.svg", "asr-wer.svg", "sqa-loss.svg"}
+
+
+def test_what_is_there_is_not_run_again(finished, capsys):
+    cells, output = finished
+    fresh = plan(
+        SCALE, Path(cells[0].settings["feature_cache"]).parent / "recipes", ("none", "contr-cos-all"), 2, (100,)
+    )
+
+    def refuse(cell, folder):
+        raise AssertionError(f"{cell.name} was run again")
+
+    assert Runner(fresh, output, run=refuse).run()
+    assert "8 cells, 8 of them there already" in capsys.readouterr().out
+
+
+def test_changed_settings_run_again_and_only_what_depends_on_them(world, finished, tmp_path, capsys):
+    _, output = finished
+    shutil.copytree(output, tmp_path / "run")
+    rows = tuple(replace(row, settings={"max_steps": 4}) if row.name == "contr-cos-all" else row for row in SCALE.rows)
+    ran = []
+
+    def note(cell, folder):
+        ran.append(cell.name.removeprefix("cells/"))
+        return {}
+
+    assert Runner(cells_of(world, scale=replace(SCALE, rows=rows)), tmp_path / "run", run=note).run()
+    assert ran == ["pretraining/contr-cos-all-seed-0", "fine-tuning/contr-cos-all-100-percent-seed-0"]
+    assert capsys.readouterr().out.count("its settings or data changed; run again") == 2
+
+
+def test_a_run_that_was_cut_off_goes_on(world, tmp_path):
+    cells = cells_of(world)
+    ran = []
+
+    def interrupted(cell, output):
+        ran.append(cell.name)
+        if len(ran) == 2:
+            (output / cell.name / "half").write_text("written")
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        Runner(cells, tmp_path, run=interrupted).run()
+    assert Runner(cells, tmp_path, run=interrupted).run()
+    assert ran == [cells[0].name, cells[1].name, *(cell.name for cell in cells[1:])]
+    assert not (tmp_path / cells[1].name / "half").exists()
+
+
+def test_failing_cell(world, tmp_path, capsys):
+    """Its error is kept, what starts from it is skipped, the others run, and the next run tries again."""
+    cells = cells_of(world)
+    fails = True
+
+    def sometimes(cell, output):
+        if fails and cell.name.endswith("pretraining/contr-cos-all-seed-0"):
+            raise RuntimeError("out of luck\nand more")
+        return {}
+
+    assert not Runner(cells, tmp_path, run=sometimes).run()
+    said = capsys.readouterr().out
+    assert "failed: out of luck" in said and "fine-tuning/contr-cos-all-100-percent-seed-0: skipped" in said
+    there = {cell.name: read_result(cell, tmp_path) is not None for cell in cells}
+    assert list(there.values()) == [True, False, True, False]
+    assert "RuntimeError: out of luck" in (tmp_path / cells[1].name / "error.txt").read_text()
+    fails = False
+    assert Runner(cells, tmp_path, run=sometimes).run()
+    assert not (tmp_path / cells[1].name / "error.txt").exists()
+
+
+def test_missing_data_fails_one_cell_and_says_so(world, tmp_path):
+    scale = replace(SCALE, fraction_settings={100: {"train_data": str(world / "nowhere.jsonl")}})
+    cells = cells_of(world, ["none"], scale=scale)
+    assert not Runner(cells, tmp_path, run=run_cell).run()
+    assert "there is no such manifest" in (tmp_path / cells[1].name / "error.txt").read_text()
+
+
+def test_no_fine_tuning_at_all(world, tmp_path):
+    """0%: tested straight after pretraining."""
+    cells = cells_of(world, ["none"], fractions=(0,))
+    assert Runner(cells, tmp_path).run()
+    result = read_result(cells[1], tmp_path)
+    assert result["steps"] == 0 and result["test_rows"] == 8
