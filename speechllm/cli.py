@@ -275,12 +275,15 @@ def demo(arguments: list[str]) -> None:
 def reproduce(arguments: list[str]) -> None:
     """re-measure the paper's claims: pretraining rows x fine-tuning fractions x seeds"""
     parser = _parser("reproduce", reproduce)
-    parser.add_argument("--scale", required=True, choices=("tiny",), help="size of models, data and budget")
+    parser.add_argument("--scale", required=True, choices=("tiny", "small", "paper"), help="models, data and budget")
     parser.add_argument("--output", required=True, help="folder of the run; what is there already is not run again")
     parser.add_argument("--rows", nargs="+", help="default: all of the scale")
     parser.add_argument("--seeds", type=_positive, help="default: the scale's, 3")
     parser.add_argument("--fractions", nargs="+", type=int, help="per cent of the fine-tuning data; 0: none")
     parser.add_argument("--stage", choices=("pretraining",), help="this stage alone (default: all)")
+    parser.add_argument("--study", help="an open question's rows instead of the scale's (docs/results.md lists them)")
+    parser.add_argument("--publish", help="folder to copy the report's page and plots to")
+    parser.add_argument("--report-only", action="store_true", help="run nothing, report on what is there")
     parser.add_argument("--recipes", default="recipes", help="the repository's folder of recipes")
     options = parser.parse_args(arguments)
     from .reproduction.command import reproduce as run
@@ -292,6 +295,9 @@ def reproduce(arguments: list[str]) -> None:
         seeds=options.seeds,
         fractions=options.fractions,
         stage=options.stage,
+        study=options.study,
+        publish=Path(options.publish) if options.publish else None,
+        report_only=options.report_only,
         recipes=Path(options.recipes),
     )
     if not complete:

@@ -219,8 +219,9 @@ def test_broken_checkpoints(pretrained, recipe, tmp_path, capsys):
 @pytest.mark.slow
 def test_two_processes(recipe, tmp_path):
     """They see different batches of one global batch, save once, and evaluate the whole set."""
-    # `accelerate launch --cpu` starts a single process, whatever --num_processes is, unless there is MPI.
-    script = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    # `--multi_gpu` is Accelerate's name for several processes on one machine: with `--cpu` it starts one, unless there is MPI.
+    script = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    script += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command = [*script, "-m", "speechllm", "pretrain", "--config", str(recipe), "--per_device_train_batch_size", "2",
                "--output_dir", str(tmp_path / "two"), "--feature_cache", str(tmp_path / "cache"), "--seed", "3", "--length_window", "0"]  # fmt: skip
     # One global batch of four: a process's share is one of the two batches that a single process has.

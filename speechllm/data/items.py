@@ -133,12 +133,15 @@ class AnswerItems(SpeechItems):
         self.with_answer = with_answer
 
     def _text(self, row: Row, segment_frames: list[int]) -> dict[str, Any]:
-        chat = chat_of(row, with_answer=self.with_answer)
+        return self._ids(chat_of(row, with_answer=self.with_answer), [self.speech_tokens(segment_frames)])
+
+    def _ids(self, chat: list[dict], speech_tokens: list[int]) -> dict[str, Any]:
+        """`input_ids`, and `labels` where there is an answer, of a chat whose audios take so many tokens."""
         if self.with_answer:
             pieces = self.processor.answer_pieces(chat)
         else:
             pieces = [(self.processor.apply_chat_template(chat, add_generation_prompt=True), False)]
-        ids = self.processor.tokenize_pieces(pieces, [self.speech_tokens(segment_frames)])
+        ids = self.processor.tokenize_pieces(pieces, speech_tokens)
         return ids if self.with_answer else {"input_ids": ids["input_ids"]}
 
 
@@ -183,6 +186,8 @@ class SpeechCollator:
         return batch
 
     def _speech(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if not any("frames" in item or "segments" in item for item in items):
+            return {}  # text alone
         if all("frames" in item for item in items):
             frames = [segment for item in items for segment in item["frames"]]
             lengths = torch.tensor([len(segment) for segment in frames])

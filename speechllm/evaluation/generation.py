@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.feature_cache import FeatureCache
@@ -22,24 +22,20 @@ from ..processing_speechllm import SpeechLLMProcessor
 from .prediction_files import PredictionFiles
 
 
-class TranscriptItems(Dataset):
-    """Prompts with the transcript in the place of the audio: what the LLM answers if nothing is lost in hearing."""
+class TranscriptItems(AnswerItems):
+    """Chats with the transcript in the place of the audio: what the LLM answers if nothing is lost in hearing."""
 
-    def __init__(self, rows: list[Row], processor: SpeechLLMProcessor):
-        self.rows, self.processor = rows, processor
-
-    def __len__(self) -> int:
-        return len(self.rows)
+    def __init__(self, rows: list[Row], processor: SpeechLLMProcessor, with_answer: bool = False):
+        super().__init__(rows, processor, with_answer=with_answer)
 
     def __getitem__(self, index: int) -> dict[str, Any] | SetAside:
         row = self.rows[index]
         if not row.get("text"):
             return SetAside(row["id"], f"{row['id']} has no transcript (`text`) to put in the place of its audio.")
-        *before, turn = chat_of({"audio": None, **row}, with_answer=False)
+        question, *answer = chat_of({"audio": None, **row}, with_answer=self.with_answer)
         transcript = {"type": "text", "text": f"{row['text']}\n"}
-        parts = [transcript if part["type"] == "audio" else part for part in turn["content"]]
-        text = self.processor.apply_chat_template([*before, {**turn, "content": parts}], add_generation_prompt=True)
-        return {"index": index, "input_ids": self.processor.tokenize_pieces([(text, False)], [])["input_ids"]}
+        parts = [transcript if part["type"] == "audio" else part for part in question["content"]]
+        return {"index": index, **self._ids([{**question, "content": parts}, *answer], [])}
 
 
 class PromptCollator(SpeechCollator):
@@ -52,9 +48,6 @@ class PromptCollator(SpeechCollator):
         if all(isinstance(item, SetAside) for item in items):
             return {"rows": [], "set_aside": items}
         return super().__call__(items)
-
-    def _speech(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        return {} if isinstance(self.dataset, TranscriptItems) else super()._speech(items)
 
 
 @torch.no_grad()

@@ -16,12 +16,13 @@ long before an answer is right.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..evaluation.metrics.resampling import CorpusMetric
 from .intervals import difference, holm
 from .measures import MEASURES, Measure
+from .plan import Scale
 
 
 LEVEL = 0.05
@@ -93,12 +94,17 @@ CLAIMS = (
         "the ASR loss",
         "Adding the ASR loss to contrastive pretraining improves recognition (in the paper it closes the gap to ASR "
         "pretraining).",
-        ("asr",), ("contr-cos-all-asr",), ("contr-cos-all",),
+        ("asr",), ("contr-cos-all-asr",), ("contr-cos-all",), ((100, 100),),
     ),
     _claim(
         "more pretraining data",
         "More pretraining data helps.",
-        ("asr", "st", "sqa"), ("contr-cos-all",), ("contr-cos-all-29-percent",),
+        ("asr", "st", "sqa"), ("contr-cos-all",), ("contr-cos-all-29-percent",), ((100, 100),),
+    ),
+    _claim(
+        "GigaSpeech",
+        "More pretraining data helps (with GigaSpeech).",
+        ("asr", "st", "sqa"), ("contr-cos-all-giga",), ("contr-cos-all",), ((100, 100),),
     ),
     _claim(
         "traits",
@@ -106,6 +112,19 @@ CLAIMS = (
         ("traits",), ("contr-cos-emb", *_ALL), ("none",),
     ),
 )  # fmt: skip
+
+
+def claims_of(scale: Scale) -> list[Claim]:
+    """The claims as far as the scale has the rows and fractions that they compare."""
+
+    def there(row: str, percent: int) -> bool:
+        return any(r.name == row and percent in (scale.fractions if r.fractions is None else r.fractions) for r in scale.rows)
+
+    found = []
+    for claim in CLAIMS:
+        parts = [c for c in claim.comparisons if there(c.row, c.percent) and there(c.other, c.other_percent)]
+        found += [replace(claim, comparisons=tuple(parts))] if parts else []
+    return found
 
 
 def compare(comparison: Comparison, measure: Measure, cells: Cells) -> dict[str, Any] | None:
@@ -150,7 +169,8 @@ def judge(parts: list[dict[str, Any]], planned: int) -> dict[str, Any]:
         verdict = "contradicted"
     else:
         verdict = "undecided"
-    return {"verdict": verdict, **counts, "run": len(parts), "planned": planned, "comparisons": parts}
+    seeds = min((len(part["seeds"]) for part in parts), default=0)
+    return {"verdict": verdict, "seeds": seeds, **counts, "run": len(parts), "planned": planned, "comparisons": parts}
 
 
 def verdicts(cells: Cells, claims: Sequence[Claim] = CLAIMS) -> list[dict[str, Any]]:

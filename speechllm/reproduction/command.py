@@ -1,13 +1,15 @@
 """`speechllm reproduce`: prepare the data, run the cells, report."""
 
+import shutil
 from pathlib import Path
 
 from ..recipes import UsageError
-from .data import prepare_fine_tuning, prepare_pretraining
-from .plan import plan
+from .data import prepare_fine_tuning, prepare_languages, prepare_pretraining, prepare_probing
+from .plan import Scale, plan
 from .report import Report
-from .run import Runner
+from .run import Runner, read_result
 from .scales import SCALES
+from .studies import STUDIES, scale_of
 
 
 def reproduce(
@@ -18,6 +20,9 @@ def reproduce(
     seeds: int | None = None,
     fractions: list[int] | None = None,
     stage: str | None = None,
+    study: str | None = None,
+    publish: Path | None = None,
+    report_only: bool = False,
     recipes: Path = Path("recipes"),
 ) -> bool:
     """Run what is missing of a scale's cells; whether all are there at the end.
@@ -25,24 +30,57 @@ def reproduce(
     Args:
         rows, seeds, fractions: instead of the scale's.
         stage: "pretraining" runs that stage alone.
+        study: its rows instead of the scale's, see `studies.py`.
+        publish: folder to which the report's page and plots are copied, under the scale's (and the study's) name.
+        report_only: run nothing; report on what is there.
         recipes: the repository's folder of recipes.
 
     Raises:
-        UsageError: if the recipes are not there, or there is no such row.
+        UsageError: if the recipes are not there, or there is no such row or study.
     """
     scale = SCALES[scale_name]
+    if study is not None:
+        if study not in STUDIES:
+            raise UsageError(f"--study: there is no {study!r}. Choose from {', '.join(STUDIES)}.")
+        scale = scale_of(scale, study)
     if not (recipes / scale.recipes).is_dir():
         raise UsageError(
             f"There are no recipes in {recipes / scale.recipes}. Run this in a checkout of the repository, or give "
             "--recipes."
         )
-    percents = list(fractions or scale.fractions)
-    if scale.name == "tiny":
-        prepare_pretraining()
-        if stage is None:
-            prepare_fine_tuning(percents)
-    cells = plan(scale, recipes, rows, seeds, percents)
+    if scale.prepared and not report_only:
+        _prepare(scale, fractions, stage, study)
+    cells = plan(scale, recipes, rows, seeds, fractions)
     if stage is not None:
         cells = [cell for cell in cells if cell.stage == stage]
     output.mkdir(parents=True, exist_ok=True)
-    return Runner(cells, output, Report(scale, cells, output).write).run()
+    report = Report(scale, cells, output, name="results" if study is None else f"study-{study}")
+    complete = all(read_result(cell, output) for cell in cells)
+    if not report_only:
+        complete = Runner(cells, output, report.write).run()
+    report.write()
+    if publish is not None:
+        publish_report(report, publish, "-".join(filter(None, [scale.name, study])))
+    return complete
+
+
+def _prepare(scale: Scale, fractions: list[int] | None, stage: str | None, study: str | None) -> None:
+    prepare_pretraining()
+    if study == "languages":
+        prepare_languages()
+    if stage is None:
+        prepare_fine_tuning(scale.fractions if fractions is None else fractions)
+        if any(row.probed for row in scale.rows):
+            prepare_probing()
+
+
+def publish_report(report: Report, folder: Path, name: str) -> None:
+    """Copy the page as `<name>.md` and its plots to `<name>/`, which hold nothing else afterwards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plots = folder / name
+    shutil.rmtree(plots, ignore_errors=True)
+    page = (report.output / f"{report.name}.md").read_text(encoding="utf-8")
+    (folder / f"{name}.md").write_text(page.replace(f"]({report.plots}/", f"]({name}/"), encoding="utf-8")
+    for plot in sorted((report.output / report.plots).glob("*.svg")):
+        plots.mkdir(exist_ok=True)
+        shutil.copy(plot, plots)

@@ -18,29 +18,34 @@ times as often. Training and test share no near-duplicate prompt, and no two fac
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..data.forced_alignment import proportional_words
 from ..data.joining import joined_rows
 from ..data.schema import Row, load_rows
 from ..evaluation.page import write_whole
+from ..quickstart.asterisk_prompts import LANGUAGES
 from ..quickstart.downloads import cache_directory
 from ..quickstart.small_data import write_small_data
 from ..synthesis.engines import parse_voices
 from ..synthesis.passages import generate_passages
 from ..synthesis.speaking import synthesise
 from ..synthesis.spoken_questions import spoken_question_answering
+from ..synthesis.variants import spoken_traits, trait_rows
 
 
 SMALL = Path("data/small")  # where the recipes look
 TINY = Path("data/tiny")
 PRETRAINING, PRETRAINING_TEST, TEST = TINY / "pretraining.jsonl", TINY / "pretraining-test.jsonl", TINY / "test.jsonl"
+TRAITS = TINY / "traits.jsonl"  # to probe for
+PROBED_RECORDINGS = 480
+LANGUAGES_OWN, LANGUAGES_ENGLISH = TINY / "languages-own.jsonl", TINY / "languages-english.jsonl"
 PASSAGES = {"train": 600, "test": 80}
 VOICES = ("flite:slt", "flite:rms")
 ROWS_PER_TASK = 400
 LONGEST, LONGEST_JOINED = 8.0, 6.0  # seconds of a fine-tuning row
-TEST_ROWS = 80  # of a task
+TEST_ROWS = {"asr": 60, "st": 60, "sqa": 60, "traits": 96}  # the answers to the last are of a word or two
 
 
 def train_manifest(percent: int) -> Path:
@@ -87,15 +92,44 @@ def prepare_fine_tuning(fractions: Iterable[int]) -> None:
     missing = [percent for percent in fractions if percent and not train_manifest(percent).is_file()]
     if not missing and TEST.is_file():
         return
-    tasks = {}
-    questions = spoken_question_answering()
+    tasks, questions, traits = {}, spoken_question_answering(progress=False), spoken_traits(progress=False)
     for part, transcribed in (("train", PRETRAINING), ("test", PRETRAINING_TEST)):
         translated = [row for row in load_rows(SMALL / f"{part}-tasks.jsonl") if row["task"] == "st"]
-        tasks[part] = [*load_rows(transcribed), *translated, *questions[part]]
+        tasks[part] = [*load_rows(transcribed), *translated, *questions[part], *trait_rows(traits[part])]
     for percent in missing:
         _write(train_manifest(percent), mixture(fraction(tasks["train"], percent), ROWS_PER_TASK))
     if not TEST.is_file():
         _write(TEST, test_rows(tasks["test"], TEST_ROWS))
+
+
+def languages_test(manifest: Path) -> Path:
+    return manifest.with_name(f"{manifest.stem}-test.jsonl")
+
+
+def prepare_languages(source: str = "auto") -> None:
+    """Write the recorded prompts in five languages, once with their own texts and once with the English ones. (The English
+    recordings are in both.)"""
+    if not languages_test(LANGUAGES_ENGLISH).is_file():
+        write_small_data(SMALL, source, languages=tuple(LANGUAGES))
+        for part, place in (("train", lambda path: path), ("test", languages_test)):
+            rows = load_rows(SMALL / f"{part}-languages.jsonl")
+            own = [row for row in rows if row.get("task", "asr") == "asr"]
+            english = [
+                {**_without_words(row), "text": row["target"]} | {"task": "asr", "target": None}
+                for row in rows
+                if row.get("target_language") == "en"
+            ]
+            english = [{name: value for name, value in row.items() if value is not None} for row in english]
+            _write(place(LANGUAGES_OWN), own)
+            _write(place(LANGUAGES_ENGLISH), [row for row in own if row.get("language") == "en"] + english)
+
+
+def prepare_probing() -> None:
+    """Write the recordings that are probed, with the labels' columns: those of whole texts, each in 12 conditions."""
+    if not TRAITS.is_file():
+        traits = spoken_traits(progress=False)
+        rows = [*traits["test"], *sorted(traits["train"], key=lambda row: row["text"])]
+        _write(TRAITS, rows[:PROBED_RECORDINGS])
 
 
 def fraction(rows: list[Row], percent: int) -> list[Row]:
@@ -125,10 +159,10 @@ def mixture(rows: list[Row], count: int) -> list[Row]:
     return [_without_words(row) for row in mixed]
 
 
-def test_rows(rows: list[Row], count: int) -> list[Row]:
-    """At most `count` rows of every task, drawn once for all, in the order of `rows`."""
+def test_rows(rows: list[Row], counts: Mapping[str, int]) -> list[Row]:
+    """At most so many rows of every task, drawn once for all, in the order of `rows`."""
     chosen: set[int] = set()
-    for task in {row["task"] for row in rows}:
+    for task, count in counts.items():
         of_task = [i for i, row in enumerate(rows) if row["task"] == task]
         chosen.update(random.Random(f"test {task}").sample(of_task, min(count, len(of_task))))
     return [_without_words(rows[i]) for i in sorted(chosen)]

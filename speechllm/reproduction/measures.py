@@ -36,6 +36,7 @@ class Measure:
         return f"{self.task} {self.metric}"
 
 
+TRAITS = ("gender", "rate", "noise", "reverberation")
 MEASURES = (
     Measure("asr", "wer", "ASR WER %", False, factor=100, decides=True),
     Measure("st", "bleu", "ST BLEU", True, decides=True),
@@ -43,6 +44,7 @@ MEASURES = (
     Measure("sqa", "f1", "SQA F1", True, decides=True),
     Measure("sqa", "exact_match", "SQA EM", True),
     Measure("traits", "accuracy", "traits accuracy %", True, factor=100, decides=True),
+    *(Measure("traits", trait, trait, True, factor=100) for trait in TRAITS),
     *(Measure(task, "loss", f"{task.upper() if task != 'traits' else task} loss", False, digits=3)
       for task in ("asr", "st", "sqa", "traits")),
 )  # fmt: skip
@@ -61,6 +63,11 @@ def metrics_of(predictions: list[Prediction]) -> dict[tuple[str, str], CorpusMet
     found = {}
     for task, rows in by_task.items():
         metrics, _ = corpus_metrics(task, rows, {row["id"]: row["prediction"] for row in rows})
+        if task == "traits":  # each trait's accuracy, the other traits' rows counting nothing
+            right, count = metrics["accuracy"].statistics.T
+            for trait in TRAITS:
+                asked = np.array([row["trait"] == trait for row in rows], dtype=float)
+                metrics[trait] = CorpusMetric(np.stack([right * asked, count * asked], 1), _ratio)
         metrics["loss"] = CorpusMetric(np.array([[row["loss"], row["tokens"]] for row in rows]), _ratio)
         found |= {(task, name): metric.grouped([row["speech"] for row in rows]) for name, metric in metrics.items()}
     return found

@@ -19,7 +19,8 @@ from ..recipes import UsageError, read_recipe
 Settings = Mapping[str, Any]
 # Settings that change where a run writes and how it is watched, not what comes out of it.
 NOT_HASHED = ("output_dir", "feature_cache", "text_state_cache", "logging_steps", "use_cpu", "disable_tqdm")
-MANIFESTS = ("train_data", "eval_data")
+MANIFESTS = ("train_data", "eval_data", "data")
+MODEL = "model"  # folder, below a pretrained cell's, of its checkpoint
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,11 @@ class Row:
         settings: instead of the recipe's.
         start: another row, whose checkpoint of the same seed this one goes on from; its cost is part of this row's.
         seeds: at most so many; None: as many as the command asks for.
-        tested: whether it is fine-tuned, or pretrained only (a start of others, a study of retrieval).
+        fractions: on which it is fine-tuned, instead of the scale's; none: it is pretrained only.
+        fine_tuning: settings of its fine-tuning, over the scale's.
+        pretrained_as: another row, whose pretraining this one has.
+        oracle: in fine-tuning and test, the LLM reads the transcript in the place of the audio.
+        probed: whether its states are probed for traits (`probing.py`).
     """
 
     name: str
@@ -40,7 +45,11 @@ class Row:
     settings: Settings = field(default_factory=dict)
     start: str | None = None
     seeds: int | None = None
-    tested: bool = True
+    fractions: tuple[int, ...] | None = None
+    fine_tuning: Settings = field(default_factory=dict)
+    pretrained_as: str | None = None
+    oracle: bool = False
+    probed: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,8 @@ class Scale:
         fractions: per cent of the fine-tuning data; 0: tested straight after pretraining.
         seeds: of rows that name no number.
         fraction_settings: percent -> settings that take that part of the data.
+        probing: see `probing.py`.
+        prepared: whether the command makes its data (`data.py`); otherwise the recipes' manifests must be there.
         notes: what a reader of the results must know of the settings; goes into the report.
     """
 
@@ -64,6 +75,8 @@ class Scale:
     pretraining: Settings = field(default_factory=dict)
     fine_tuning: Settings = field(default_factory=dict)
     fraction_settings: Mapping[int, Settings] = field(default_factory=dict)
+    probing: Settings = field(default_factory=dict)
+    prepared: bool = False
     seeds: int = 3
     notes: tuple[str, ...] = ()
 
@@ -72,12 +85,13 @@ class Scale:
 class Cell:
     """One run. `settings` are complete but for the checkpoint to start from, which is `start`'s."""
 
-    stage: Literal["pretraining", "fine-tuning"]
+    stage: Literal["pretraining", "fine-tuning", "probing"]
     row: str
     seed: int
     settings: dict[str, Any]
     percent: int | None = None
     start: "Cell | None" = None
+    oracle: bool = False
 
     @property
     def name(self) -> str:
@@ -90,7 +104,8 @@ class Cell:
         """Of all that its result depends on: settings, contents of its manifests, and the cell it starts from."""
         settings = {name: value for name, value in self.settings.items() if name not in NOT_HASHED}
         settings |= {name: digest(settings[name]) for name in MANIFESTS if settings.get(name)}
-        text = json.dumps([self.stage, settings, self.start and self.start.hash], sort_keys=True)
+        parts = [self.stage, settings, self.start and self.start.hash, *(["oracle"] if self.oracle else [])]
+        text = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -135,10 +150,12 @@ def plan(
         if name not in known:
             raise UsageError(f"--rows: scale {scale.name} has no row {name!r}. Choose from {', '.join(known)}.")
     count = scale.seeds if seeds is None else seeds
-    percents = sorted(scale.fractions if fractions is None else set(fractions), reverse=True)
+    percents = {row.name: _percents(row, scale, fractions) for row in scale.rows}
     cells: dict[str, Cell] = {}
 
     def pretraining(row: Row, seed: int) -> Cell:
+        if row.pretrained_as:
+            return pretraining(known[row.pretrained_as], seed)
         start = pretraining(known[row.start], seed) if row.start else None
         cell = Cell("pretraining", row.name, seed, _pretraining_settings(scale, recipes, row, seed), start=start)
         return cells.setdefault(cell.name, cell)
@@ -148,14 +165,25 @@ def plan(
         present = [known[name] for name in chosen if seed < (known[name].seeds or count)]
         for row in present:
             pretraining(row, seed)
-        for percent in percents:
+        for percent in sorted(set().union(*percents.values()), reverse=True):
             for row in present:
-                if row.tested:
-                    settings = {**fine_tuning, **_fraction(scale, percent), "seed": seed}
+                if percent in percents[row.name]:
+                    settings = {**fine_tuning, **_fraction(scale, percent), **row.fine_tuning, "seed": seed}
                     settings.pop("model", None)
-                    cell = Cell("fine-tuning", row.name, seed, settings, percent, pretraining(row, seed))
+                    cell = Cell("fine-tuning", row.name, seed, settings, percent, pretraining(row, seed), row.oracle)
                     cells[cell.name] = cell
+        for row in present:
+            if row.probed:
+                cell = Cell("probing", row.name, seed, {**scale.probing, "seed": seed}, start=pretraining(row, seed))
+                cells[cell.name] = cell
     return list(cells.values())
+
+
+def _percents(row: Row, scale: Scale, asked: Iterable[int] | None) -> set[int]:
+    """On which a row is fine-tuned: the row's own, else what the command asks for, else the scale's."""
+    if row.fractions is None:
+        return set(scale.fractions if asked is None else asked)
+    return set(row.fractions) if asked is None else set(row.fractions) & set(asked)
 
 
 def _pretraining_settings(scale: Scale, recipes: Path, row: Row, seed: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import torch
 from ..evaluation import plots
 from ..evaluation.metrics.resampling import CorpusMetric
 from ..evaluation.page import inline_plot, render, strict_json, write_whole
-from .claims import CLAIMS, Cells, verdicts
+from .claims import Cells, claims_of, verdicts
 from .intervals import Estimate, difference, mean_over_seeds
 from .measures import MEASURES, Measure, metrics_of, read_predictions
 from .plan import Cell, Scale, with_starts
@@ -32,6 +32,7 @@ from .tables import about, markdown, tables_of
 
 TEMPLATE = Path(__file__).with_name("results.html.jinja")
 BASELINES = ("none", "asr-pretraining")
+MOST_LINES = 6
 DRAWN = ("none", "asr-pretraining", "contr-cos-emb", "contr-cos-all", "contr-wasser-all")  # rows in the plots
 
 
@@ -40,23 +41,28 @@ class Report:
 
     Args:
         command: how the run was started.
+        name: of the files.
     """
 
-    def __init__(self, scale: Scale, cells: list[Cell], output: Path, command: str | None = None):
-        self.scale, self.cells, self.output = scale, cells, output
+    def __init__(
+        self, scale: Scale, cells: list[Cell], output: Path, command: str | None = None, name: str = "results"
+    ):
+        self.scale, self.cells, self.output, self.name = scale, cells, output, name
+        self.plots = "plots" if name == "results" else f"plots-{name}"
         self.command = command or shlex.join(["speechllm", *sys.argv[1:]])
         self._scored: dict[str, dict[tuple[str, str], CorpusMetric]] = {}
 
     def write(self) -> dict[str, Any]:
         results = strict_json(self.results())
-        write_whole(self.output / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        write_whole(self.output / f"{self.name}.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         drawn = {
-            name: inline_plot(figure, name, text, self.output / "plots") for name, figure, text in figures_of(results)
+            name: inline_plot(figure, name, text, self.output / self.plots)
+            for name, figure, text in figures_of(results)
         }
         tables = tables_of(results)
         page = render(TEMPLATE, results=results, tables=tables, figures=drawn, about=about(results))
-        write_whole(self.output / "results.html", page)
-        write_whole(self.output / "results.md", markdown(results, tables, list(drawn)))
+        write_whole(self.output / f"{self.name}.html", page)
+        write_whole(self.output / f"{self.name}.md", markdown(results, tables, list(drawn), self.plots))
         return results
 
     def results(self) -> dict[str, Any]:
@@ -71,12 +77,13 @@ class Report:
             "command": self.command,
             "notes": self.scale.notes,
             "cells": {"planned": len(self.cells), "there": len(found)},
+            "missing": [cell.name.removeprefix("cells/") for cell in self.cells if cell not in found],
             "seeds": sorted({cell.seed for cell in found}),
             "created": max((result["created"] for result in found.values()), default=None),
             "versions": {name: version(name) for name in ("speechllm", "torch", "transformers", "peft")}
             | {"python": platform.python_version()},
             "machine": machine(),
-            "claims": verdicts(tested, CLAIMS),
+            "claims": verdicts(tested, claims_of(self.scale)),
             "rows": {row: self._row(row, found, tested) for row in rows},
             "units": {task: len(metric.statistics) for (task, _), metric in _any(tested).items()},
         }
@@ -89,8 +96,10 @@ class Report:
     def _row(self, row: str, found: dict[Cell, dict[str, Any]], tested: Cells) -> dict[str, Any]:
         pretrained = [cell for cell in found if cell.row == row and cell.stage == "pretraining"]
         percents = sorted({percent for name, percent in tested if name == row}, reverse=True)
+        probed = [cell for cell in found if cell.row == row and cell.stage == "probing"]
         return {
             "pretraining": _pretraining(pretrained, found),
+            "probes": [found[cell]["probes"] for cell in probed],
             "fine_tuning": {
                 str(percent): _tested(tested[row, percent], row, percent, tested)
                 | {
@@ -123,6 +132,7 @@ def _pretraining(cells: list[Cell], found: Mapping[Cell, dict[str, Any]]) -> dic
         max(result["peak_memory_bytes"] for result in chain) for chain in chains
     )
     first = found[cells[0]]["retrieval"]
+    own = [found[cell]["own_retrieval"] for cell in cells if "own_retrieval" in found[cell]]
     return {
         "seeds": [cell.seed for cell in cells],
         **cost,
@@ -134,6 +144,11 @@ def _pretraining(cells: list[Cell], found: Mapping[Cell, dict[str, Any]]) -> dic
                     for layer in first[name]
                 }
                 for name in ("recall@1", "recall@5", "mean_rank")
+            },
+            "own": own and {
+                "similarity": own[0]["similarity"],
+                "seeds": len(own),
+                "recall@1": statistics.mean(value for entry in own for value in entry["recall@1"].values()),
             },
             "recall@1_of_seeds": [statistics.mean(found[cell]["retrieval"]["recall@1"].values()) for cell in cells],
         },
@@ -183,6 +198,7 @@ def machine() -> dict[str, Any]:
 def figures_of(results: dict[str, Any]) -> list[tuple[str, Any, str]]:
     """(name, figure, text alternative) of what is there."""
     rows = {name: results["rows"][name] for name in DRAWN if name in results["rows"]}
+    rows |= dict(list(results["rows"].items())[: MOST_LINES - len(rows)])
     found = []
     recalls = {name: row["pretraining"]["retrieval"]["recall@1"] for name, row in rows.items() if row["pretraining"]}
     if recalls:

@@ -1,14 +1,16 @@
 """The three scales: which rows, with which settings, on which fractions of the data.
 
-Rows are those of the paper's tables, and distillation (docs/paper_index.md). What `tiny` changes in `recipes/small` is
-here; `paper` changes nothing.
+Rows are those of the paper's tables, distillation (docs/paper_index.md), and the text-only oracle. What `tiny` and `small`
+change in `recipes/small` is here; `paper` changes nothing in `recipes/paper`.
 """
 
-from .data import PRETRAINING, PRETRAINING_TEST, TEST, train_manifest
+from dataclasses import replace
+
+from .data import PRETRAINING, PRETRAINING_TEST, TEST, TRAITS, train_manifest
 from .plan import Row, Scale
 
 
-CORE = ("none", "asr-pretraining", "contr-cos-emb", "contr-cos-all", "contr-wasser-all")
+ORACLE = Row("text-only oracle", seeds=1, fractions=(100, 0), pretrained_as="none", oracle=True)
 DISTILLATION = {"contrastive_weight": 0, "distillation_weight": 1, "distillation_temperature": 2}
 
 # ---- tiny: two hours on two cores ------------------------------------------------------------------------------------
@@ -16,6 +18,9 @@ DISTILLATION = {"contrastive_weight": 0, "distillation_weight": 1, "distillation
 # About 140 s each on two cores. Aligning all layers at once hardly learns for hundreds of steps from a random
 # projector, so that half of the time goes into the LLM's input first. Next-token losses need no negatives and learn more
 # from many small batches than from few large ones.
+#
+# The whole grid, if a fine-tuning with its test takes 120 s: pretraining 4 rows x 3 seeds x 140 s, and 5 x 140 s for the
+# rows of one seed; fine-tuning 5 rows x 3 seeds x 2 fractions, and 6 of one seed: 40 min + 72 min.
 _SMALL_BATCHES = {"per_device_train_batch_size": 8}
 TINY = Scale(
     name="tiny",
@@ -26,11 +31,15 @@ TINY = Scale(
         Row("contr-cos-emb", "contr-cos-emb", {"max_steps": 420}),
         Row("contr-cos-all", "contr-cos-all", {"max_steps": 250, "layer_schedule": "0:emb 210:all"}),
         Row("contr-wasser-all", "contr-wasser-all", {"max_steps": 190, "layer_schedule": "0:emb 155:all"}),
-        Row("warm-start", "contr-cos-emb", {"max_steps": 210}, seeds=1, tested=False),
-        Row("contr-cos-all-asr", "contr-cos-all-asr", {"max_steps": 22}, start="warm-start", seeds=1),
-        Row("mixed-nwp", "mixed-nwp", {"max_steps": 150, **_SMALL_BATCHES}, seeds=1),
-        Row("distillation", "contr-cos-all", {**DISTILLATION, "max_steps": 90, **_SMALL_BATCHES}, seeds=1),
-    ),
+        ORACLE,
+        Row("warm-start", "contr-cos-emb", {"max_steps": 210}, seeds=1, fractions=()),
+        Row("contr-cos-all-asr", "contr-cos-all-asr", {"max_steps": 22}, "warm-start", seeds=1, fractions=(100,)),
+        Row("mixed-nwp", "mixed-nwp", {"max_steps": 150, **_SMALL_BATCHES}, seeds=1, fractions=(100,)),
+        Row("distillation", "contr-cos-all", {**DISTILLATION, "max_steps": 90, **_SMALL_BATCHES}, seeds=1,
+            fractions=(100,)),
+        Row("contr-cos-all-29-percent", "contr-cos-all-29-percent",
+            {"max_steps": 250, "layer_schedule": "0:emb 210:all"}, seeds=1, fractions=(100,)),
+    ),  # fmt: skip
     fractions=(100, 10),
     pretraining={
         "train_data": str(PRETRAINING),
@@ -48,13 +57,89 @@ TINY = Scale(
         "max_new_tokens": 48,
     },
     fraction_settings={percent: {"train_data": str(train_manifest(percent))} for percent in range(1, 101)},
+    probing={
+        "data": str(TRAITS),
+        "labels": ["speaker", "gender", "rate", "noise", "reverberation", "words"],
+        "layers": "all",
+        "dtype": "bfloat16",
+        "feature_cache": "data/small/cache",
+        "bootstrap": 300,
+    },
+    prepared=True,
     notes=(
         "Every row is pretrained for about the same time on two cores (a number of steps fixed beforehand, seconds as "
         "measured): a warm start at the LLM's input is part of it.",
         "Fine-tuning trains the projector and LoRA (rank 8) on the LLM, in all rows: an LLM of 135 million parameters "
         "cannot translate, and a projector cannot teach it to. The paper trains the projector alone.",
         "Every fraction is fine-tuned for the same number of steps.",
+        "The text-only oracle reads the transcript in the place of the audio: straight away (0%), and fine-tuned as the "
+        "others. It cannot know the traits.",
+        "Rows with one seed: their intervals and tests know the test set alone, not what another seed would give.",
     ),
 )
 
-SCALES = {scale.name: scale for scale in (TINY,)}
+# ---- small: one GPU, ten minutes a row -------------------------------------------------------------------------------
+
+# The models and the data of `tiny`, trained for longer, with all seeds and fractions for every row. The numbers of steps
+# are estimates.
+_LONGER = {"per_device_train_batch_size": 64}
+_LONGER_ROWS = {
+    "asr-pretraining": {"max_steps": 4000},
+    "contr-cos-emb": {"max_steps": 8000, **_LONGER},
+    "contr-cos-all": {"max_steps": 3000, "layer_schedule": "0:emb 1000:all", **_LONGER},
+    "contr-wasser-all": {"max_steps": 2000, "layer_schedule": "0:emb 1000:all", **_LONGER},
+    "warm-start": {"max_steps": 1000, **_LONGER},
+    "contr-cos-all-asr": {"max_steps": 1500},
+    "mixed-nwp": {"max_steps": 4000},
+    "distillation": {"max_steps": 3000},
+    "contr-cos-all-29-percent": {"max_steps": 3000, "layer_schedule": "0:emb 1000:all", **_LONGER},
+}
+SMALL = replace(
+    TINY,
+    name="small",
+    rows=tuple(
+        row
+        if row.oracle
+        else replace(
+            row,
+            settings={**row.settings, **_LONGER_ROWS.get(row.name, {})},
+            seeds=None,
+            fractions=() if row.fractions == () else None,
+        )
+        for row in TINY.rows
+    ),
+    fractions=(100, 25, 10, 5, 1, 0),
+    fine_tuning={**TINY.fine_tuning, "max_steps": 600, "per_device_train_batch_size": 16, "warmup_steps": 50},
+    notes=("The models and the data of `tiny`; only the training is longer.", *TINY.notes[1:]),
+)
+
+# ---- paper: the published setting ------------------------------------------------------------------------------------
+
+# The manifests that `recipes/paper` names must be there (docs/data.md).
+PAPER = Scale(
+    name="paper",
+    recipes="paper",
+    rows=(
+        Row("none"),
+        *(
+            Row(name, name)
+            for name in (
+                "asr-pretraining",
+                "contr-cos-emb",
+                "contr-cos-all",
+                "contr-wasser-all",
+                "contr-cos-all-asr",
+                "contr-wasser-all-asr",
+                "contr-cos-all-giga",
+                "mixed-nwp",
+                "contr-cos-emb-mixed",
+                "contr-wasser-emb",
+            )
+        ),
+        Row("distillation", "contr-cos-all", DISTILLATION),
+        ORACLE,
+    ),
+    fractions=(100, 25, 10, 5, 1, 0),
+)
+
+SCALES = {scale.name: scale for scale in (TINY, SMALL, PAPER)}

@@ -5,7 +5,11 @@
 2. The model is trained, at the cost that `result.json` tells.
 3. A pretrained model is measured by held-out retrieval at the layers of contr-cos-all, whatever it was trained for. A
    fine-tuned one answers the test rows greedily; the answers, and the loss of the right ones, are kept row by row in
-   `predictions.jsonl`, so that metrics and intervals can be computed later, and together with other cells'.
+   `predictions.jsonl`, so that metrics and intervals can be computed later, and together with other cells'. One that is
+   probed is not trained (`probing.py`).
+
+The *text-only oracle* is fine-tuned and tested with the transcript in the place of the audio: what the LLM can do if
+nothing is lost in hearing. Its recipe does not say so; with it alone, speech is heard.
 """
 
 import json
@@ -16,6 +20,8 @@ import torch
 import yaml
 from transformers import PrinterCallback, ProgressCallback
 
+from ..data.schema import Row
+from ..evaluation.generation import TranscriptItems
 from ..modeling_speechllm import SpeechLLMForConditionalGeneration
 from ..quickstart.run import GiveMemoryBack
 from ..recipes import parse_settings
@@ -23,10 +29,10 @@ from ..trainers import ContrastiveArguments, ContrastiveTrainer, FineTuningArgum
 from ..trainers.base import SpeechLLMTrainer
 from ..training import DataArguments, ModelArguments, load_model
 from .cost import Cost
-from .plan import Cell
+from .plan import MODEL, Cell
+from .probing import probe_cell
 
 
-MODEL = "model"  # folder of a pretrained cell's checkpoint
 PREDICTIONS = "predictions.jsonl"
 # Columns of a test row that its prediction keeps: references, and what metrics need
 KEPT = ("text", "target", "answers", "target_language", "trait", "choices")
@@ -44,7 +50,7 @@ def run_cell(cell: Cell, output: Path) -> dict[str, Any]:
     if cell.start is not None:
         settings["model"] = str(output / cell.start.name / MODEL)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-    return (_pretrain if cell.stage == "pretraining" else _fine_tune)(cell, folder)
+    return {"pretraining": _pretrain, "fine-tuning": _fine_tune, "probing": probe_cell}[cell.stage](cell, folder)
 
 
 def _trainer(folder: Path, settings_type: type, trainer_type: type, max_steps: int | None) -> SpeechLLMTrainer:
@@ -93,16 +99,20 @@ def _pretrain(cell: Cell, folder: Path) -> dict[str, Any]:
     trainer = _trainer(folder, ContrastiveArguments, ContrastiveTrainer, steps)
     result = _trained(trainer, steps)
     result["retrieval"] = retrieval(trainer)
+    if trainer.args.similarity != "cosine":
+        result["own_retrieval"] = {"similarity": trainer.args.similarity, **retrieval(trainer, trainer.args.similarity)}
     trainer.speechllm.save_pretrained(folder / MODEL, kind="projector")
     trainer.processing_class.save_pretrained(folder / MODEL)
     return result
 
 
-def retrieval(trainer: ContrastiveTrainer) -> dict[str, Any]:
-    """Held-out retrieval at the LLM's input, every fifth layer and the last, by the cosine of mean tokens."""
+def retrieval(trainer: ContrastiveTrainer, similarity: str = "cosine") -> dict[str, Any]:
+    """Held-out retrieval at the LLM's input, every fifth layer and the last, by the cosine of mean tokens or another
+    similarity."""
     settings = trainer.args
     arguments = ContrastiveArguments(
         output_dir=settings.output_dir,
+        similarity=similarity,
         use_cpu=settings.use_cpu,
         prefix=settings.prefix,
         feature_cache=settings.feature_cache,
@@ -127,9 +137,16 @@ def retrieval(trainer: ContrastiveTrainer) -> dict[str, Any]:
 # ---- fine-tuning -----------------------------------------------------------------------------------------------------
 
 
+class OracleTrainer(FineTuningTrainer):
+    """Fine-tuning on transcripts in the place of audio."""
+
+    def items(self, rows: list[Row], with_answer: bool = True) -> TranscriptItems:
+        return TranscriptItems(rows, self.processing_class, with_answer)
+
+
 def _fine_tune(cell: Cell, folder: Path) -> dict[str, Any]:
     steps = cell.settings.get("max_steps")
-    trainer = _trainer(folder, FineTuningArguments, FineTuningTrainer, steps)
+    trainer = _trainer(folder, FineTuningArguments, OracleTrainer if cell.oracle else FineTuningTrainer, steps)
     result = _trained(trainer, steps)
     with Cost() as cost:
         predictions = predict(trainer)

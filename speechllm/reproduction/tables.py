@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .measures import MEASURES, Measure
+from .probing import STAYS, decodable, mean_at
 
 
 Results = Mapping[str, Any]  # see `report.Report.results`
@@ -36,7 +37,8 @@ def about(results: Results) -> str:
 
 def tables_of(results: Results) -> list[Table]:
     losses = [measure for measure in MEASURES if measure.metric == "loss"]
-    others = [measure for measure in MEASURES if measure.metric != "loss"]
+    traits = [measure for measure in MEASURES if measure.task == "traits" and measure.metric != "loss"]
+    others = [measure for measure in MEASURES if measure.metric != "loss" and (measure not in traits or measure.decides)]
     legend = (
         "Mean over seeds with its 95% interval (seeds and test set). Arrows: better ↑ or worse ↓ than no pretraining (₀) "
         "or ASR pretraining (ₐ) on the same data, paired, p < 0.05, not adjusted for the number of tests."
@@ -46,15 +48,19 @@ def tables_of(results: Results) -> list[Table]:
         _pretraining(results),
         _fine_tuned(results, "Fine-tuned: the field's metrics", others, legend),
         _fine_tuned(results, "Fine-tuned: loss of the right answers, nats per token", losses, legend),
+        _fine_tuned(results, "Fine-tuned: traits one by one, accuracy %", traits, legend),
+        *_probed(results),
         _cost(results),
         *(table for claim in results["claims"] for table in _comparisons(claim)),
     ]
 
 
-def markdown(results: Results, tables: list[Table], figures: list[str]) -> str:
-    """A page whose plots are the files `plots/<figure>.svg` beside it."""
+def markdown(results: Results, tables: list[Table], figures: list[str], plots: str = "plots") -> str:
+    """A page whose plots are the files `<plots>/<figure>.svg` beside it."""
     lines = [f"# Scale `{results['scale']}`", "", f"`{results['command']}`", "", about(results), ""]
     lines += [f"- {note}" for note in results["notes"]]
+    if missing := results["missing"]:
+        lines += ["", f"**Not run, or failed:** {', '.join(missing)}."]
     for table in tables:
         lines += ["", f"{'#' * table.level} {table.title}", "", *([table.note, ""] if table.note else [])]
         if not table.lines:
@@ -62,7 +68,7 @@ def markdown(results: Results, tables: list[Table], figures: list[str]) -> str:
             continue
         lines += [_line(table.header), "|" + "---|" * len(table.header), *map(_line, table.lines)]
     if figures:
-        lines += ["", "## Plots", "", *(f"![{name}](plots/{name}.svg)" for name in figures)]
+        lines += ["", "## Plots", "", *(f"![{name}]({plots}/{name}.svg)" for name in figures)]
     return "\n".join(lines) + "\n"
 
 
@@ -85,19 +91,21 @@ def _claims(results: Results) -> Table:
         by_metric, by_loss = claim["by_metric"], claim["by_loss"]
         of = f"{by_metric['run']}" + ("" if by_metric["run"] == by_metric["planned"] else f" ({by_metric['planned']})")
         counts = [[str(kind["confirmed"]), str(kind["contradicted"])] for kind in (by_metric, by_loss)]
-        table.lines.append([claim["claim"], by_metric["verdict"], *counts[0], of, by_loss["verdict"], *counts[1]])
+        verdict = by_metric["verdict"] + (" (one seed)" if by_metric["seeds"] == 1 else "")
+        table.lines.append([claim["claim"], verdict, *counts[0], of, by_loss["verdict"], *counts[1]])
     return table
 
 
 def _pretraining(results: Results) -> Table:
-    header = ["row", "seeds", "recall@1, mean of layers", "each seed"]
+    header = ["row", "seeds", "recall@1, mean of layers", "by its own similarity", "each seed"]
     layers = next(
         (row["pretraining"]["retrieval"]["recall@1"] for row in results["rows"].values() if row["pretraining"]), {}
     )
     table = Table(
         "Pretrained: held-out retrieval",
         [*header, *(f"layer {layer}" for layer in layers)],
-        "Per cent of utterances whose transcript is the nearest of all, by the cosine of mean states.",
+        "Per cent of transcripts whose utterance is the nearest of all, by the cosine of mean states (and, for rows trained "
+        "with another similarity, by that one).",
     )
     for name, row in results["rows"].items():
         if entry := row["pretraining"]:
@@ -109,11 +117,43 @@ def _pretraining(results: Results) -> Table:
                     name,
                     str(len(entry["seeds"])),
                     f"{100 * statistics.mean(values):.1f}",
+                    f"{100 * recall['own']['recall@1']:.1f}" if recall["own"] else "",
                     seeds,
                     *(f"{100 * value:.0f}" for value in values),
                 ]
             )
     return table
+
+
+def _probed(results: Results) -> list[Table]:
+    """A table per label: what a linear probe reads off each row's states, place by place."""
+    rows = {name: row["probes"] for name, row in results["rows"].items() if row["probes"]}
+    if not rows:
+        return []
+    first = next(iter(rows.values()))[0]
+    tables = []
+    for label, found in first.items():
+        percent = 100 if found["metric"] == "accuracy" else 1
+        digits = 0 if percent == 100 else 2
+        note = (
+            f"Linear probes, {found['metric']}{' in per cent' if percent == 100 else ''}; guessing "
+            f"{percent * found['guessing']:.{digits}f}. Intervals: over test texts; splits share no "
+            f"{' and no '.join(found['split_by'])}."
+        )
+        if label in STAYS:
+            states = ", ".join(f"{name}: {decodable(of_seeds, label)}" for name, of_seeds in rows.items())
+            note += f" Told better than by guessing (interval above 0): {states}."
+        table = Table(f"Probes: {label}", ["row", "seeds", *found["places"]], note)
+        for name, of_seeds in rows.items():
+            entries = [mean_at(of_seeds, label, place) for place in found["places"]]
+            texts = [
+                f"{percent * e['value']:.{digits}f} [{percent * e['interval'][0]:.{digits}f}, "
+                f"{percent * e['interval'][1]:.{digits}f}]"
+                for e in entries
+            ]
+            table.lines.append([name, str(len(of_seeds)), *texts])
+        tables.append(table)
+    return tables
 
 
 def _cost(results: Results) -> Table:

@@ -83,8 +83,8 @@ class FineTuningTrainer(SpeechLLMTrainer):
         self.model_accepts_loss_kwargs = True  # the loss is divided by the answer tokens of the whole global batch
         self._prompt_start: tuple[torch.Tensor, Any] | None = None  # of a frozen LLM: token ids, keys and values
 
-    def items(self, rows: list[Row]) -> AnswerItems:
-        return AnswerItems(rows, self.processing_class, self.frames)
+    def items(self, rows: list[Row], with_answer: bool = True) -> AnswerItems:
+        return AnswerItems(rows, self.processing_class, self.frames, with_answer=with_answer)
 
     def problem(self, row: Row) -> str | None:
         try:
@@ -114,7 +114,8 @@ class FineTuningTrainer(SpeechLLMTrainer):
 
     def _keys_and_values(self, start: torch.Tensor) -> Any:
         self.llm_tokens += len(start)
-        return self.headless.language_model(input_ids=start[None], use_cache=True).past_key_values
+        with self.accelerator.autocast():  # as the wrapped model's own pass, with bf16 or fp16
+            return self.headless.language_model(input_ids=start[None], use_cache=True).past_key_values
 
     def _without_start(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch without the prompt's shared start, and that start's keys and values instead."""
@@ -191,7 +192,7 @@ class FineTuningTrainer(SpeechLLMTrainer):
     @torch.no_grad()
     def answers(self, rows: list[Row]) -> dict[str, str]:
         """Greedy answers to `rows` by id; rows that cannot be used are missing."""
-        dataset = AnswerItems(rows, self.processing_class, self.frames, with_answer=False)
+        dataset = self.items(rows, with_answer=False)
         found: dict[str, str] = {}
         for batch in self.eval_batches(dataset, padding_side="left"):
             batch = self.on_device(batch)
