@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 # A handful of long prompts would cost pretraining as much as hundreds of the others. Fine-tuning hears them up to a length:
 # they hold a quarter of the words.
 LONGEST_UTTERANCE, LONGEST_FINE_TUNED = 8.0, 20.0  # seconds
-PRETRAINING_BATCH, FINE_TUNING_BATCH = 32, 4
+PRETRAINING_BATCH, FINE_TUNING_BATCH = 32, 8
 # One speech token per third of a second: per token that the LLM reads, it learns more than two or four.
 PROJECTOR = dict(num_queries=1, hidden_size=384, num_hidden_layers=2, num_attention_heads=6, intermediate_size=1536)
 # Half of the prompts are single words: fine-tuning hears random ones in a row (see `data/joining.py`).
@@ -294,6 +294,7 @@ class Quickstart:
             **self.common_arguments(name, steps),
             per_device_train_batch_size=FINE_TUNING_BATCH,
             learning_rate=1e-3,
+            bf16=True,
             warmup_steps=10,
             lr_scheduler_kwargs={"num_decay_steps": steps // 3},
             max_new_tokens=48,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from peft.helpers import disable_input_dtype_casting
 from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import speed_metrics
 
@@ -142,6 +143,13 @@ class FineTuningTrainer(SpeechLLMTrainer):
 
     def _model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in batch.items() if name not in ("rows", "weight", "set_aside")}
+
+    def training_step(self, *positional: Any, **kwargs: Any) -> torch.Tensor:
+        # Under autocast, LoRA's thin products run in the LLM's dtype; PEFT would cast their input to LoRA's float32 first,
+        # in which they are the slowest part of a step on CPUs.
+        autocast = self.accelerator.mixed_precision != "no" and getattr(self.speechllm, "_hf_peft_config_loaded", False)
+        with disable_input_dtype_casting(self.speechllm, active=autocast):
+            return super().training_step(*positional, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch = self.on_device(inputs)
