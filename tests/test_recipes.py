@@ -140,7 +140,7 @@ def test_fine_tuning(name, world, tmp_path):
     values = read_recipe(RECIPES[name])
     evaluated = trainer.evaluate()
     assert evaluated["eval_loss"] > 0
-    assert ("eval_wer" in evaluated) == values.get("predict_with_generate", True)
+    assert ("eval_asr_wer" in evaluated) == values.get("predict_with_generate", True)
     trained = {
         name.partition("lora_")[1] or "projector" for name, p in trainer.model.named_parameters() if p.requires_grad
     }
