@@ -43,7 +43,7 @@ docs: install  ## Build the documentation into build/site
 
 notebooks: install  ## Run the notebooks on the real small models, and keep their outputs (minutes)
 	$(BIN)/speechllm fetch
-	$(BIN)/python -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+	$(BIN)/python notebooks/execute.py notebooks/*.ipynb
 	$(BIN)/ruff format notebooks
 
 lock: $(STAMP)  ## Pin the newest versions that fit into requirements.lock
