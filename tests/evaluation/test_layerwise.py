@@ -151,6 +151,9 @@ def test_report_is_one_page_and_strict_json(trained, tmp_path):
     assert {item["id"] for item in report["set_aside"]} == {"broken", "no text"} and report["utterances"] == 12
     page = (tmp_path / "out" / "alignment.html").read_text()
     assert "<script" not in page and "<b>" not in page and "src=" not in page and page.count("<svg") == 6 + 2 * 2
+    assert (
+        "data:image" in page and "img-src data:" in page
+    )  # the plans are pictures, which the page must let itself show
     for path in (tmp_path / "out" / "plots").glob("*.svg"):
         ElementTree.parse(path)
     first, second = report["transport"]
