@@ -118,7 +118,9 @@ def claims_of(scale: Scale) -> list[Claim]:
     """The claims as far as the scale has the rows and fractions that they compare."""
 
     def there(row: str, percent: int) -> bool:
-        return any(r.name == row and percent in (scale.fractions if r.fractions is None else r.fractions) for r in scale.rows)
+        return any(
+            r.name == row and percent in (scale.fractions if r.fractions is None else r.fractions) for r in scale.rows
+        )
 
     found = []
     for claim in CLAIMS:

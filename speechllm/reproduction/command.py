@@ -1,5 +1,6 @@
 """`speechllm reproduce`: prepare the data, run the cells, report."""
 
+import shlex
 import shutil
 from pathlib import Path
 
@@ -7,9 +8,9 @@ from ..recipes import UsageError
 from .data import prepare_fine_tuning, prepare_languages, prepare_pretraining, prepare_probing
 from .plan import Scale, plan
 from .report import Report
-from .run import Runner, read_result
+from .run import Runner
 from .scales import SCALES
-from .studies import STUDIES, scale_of
+from .studies import scale_of
 
 
 def reproduce(
@@ -25,7 +26,7 @@ def reproduce(
     report_only: bool = False,
     recipes: Path = Path("recipes"),
 ) -> bool:
-    """Run what is missing of a scale's cells; whether all are there at the end.
+    """Run what is missing of a scale's cells, and report; whether nothing failed.
 
     Args:
         rows, seeds, fractions: instead of the scale's.
@@ -40,8 +41,6 @@ def reproduce(
     """
     scale = SCALES[scale_name]
     if study is not None:
-        if study not in STUDIES:
-            raise UsageError(f"--study: there is no {study!r}. Choose from {', '.join(STUDIES)}.")
         scale = scale_of(scale, study)
     if not (recipes / scale.recipes).is_dir():
         raise UsageError(
@@ -54,10 +53,14 @@ def reproduce(
     if stage is not None:
         cells = [cell for cell in cells if cell.stage == stage]
     output.mkdir(parents=True, exist_ok=True)
-    report = Report(scale, cells, output, name="results" if study is None else f"study-{study}")
-    complete = all(read_result(cell, output) for cell in cells)
-    if not report_only:
-        complete = Runner(cells, output, report.write).run()
+    options = {"study": [study] * (study is not None), "rows": rows, "seeds": [seeds] * (seeds is not None),
+               "fractions": fractions, "stage": [stage] * (stage is not None)}  # fmt: skip
+    command = ["speechllm", "reproduce", "--scale", scale_name, "--output", str(output)]
+    for option, values in options.items():
+        command += [f"--{option}", *map(str, values)] if values else []
+    name = "results" if study is None else f"study-{study}"
+    report = Report(scale, cells, output, shlex.join(command), name)
+    complete = report_only or Runner(cells, output, report.write).run()
     report.write()
     if publish is not None:
         publish_report(report, publish, "-".join(filter(None, [scale.name, study])))
@@ -69,7 +72,7 @@ def _prepare(scale: Scale, fractions: list[int] | None, stage: str | None, study
     if study == "languages":
         prepare_languages()
     if stage is None:
-        prepare_fine_tuning(scale.fractions if fractions is None else fractions)
+        prepare_fine_tuning({100, *(scale.fractions if fractions is None else fractions)})
         if any(row.probed for row in scale.rows):
             prepare_probing()
 

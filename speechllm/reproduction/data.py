@@ -11,9 +11,9 @@
 Pretraining hears prompts and passages with their transcripts, all of them: transcribed speech is what there is plenty of.
 What is written is not written again: remove `data/tiny` to have it made anew.
 
-A fraction of the fine-tuning data is one of the *recordings*, and so of all rows made from them; a smaller fraction lies
-in a larger one. Every manifest has the same number of rows of every task: with a tenth of the data they come round ten
-times as often. Training and test share no near-duplicate prompt, and no two facts that stand together in a passage.
+A fraction of the fine-tuning data is one of the *recordings*, and so of all rows made from them; the recordings of a
+smaller fraction are among those of a larger one. Every manifest has the same number of rows of every task, drawn from what
+the fraction has: with little data they come round more often, with all of it some are left out. Training and test share no near-duplicate prompt, and no two facts that stand together in a passage.
 """
 
 import json

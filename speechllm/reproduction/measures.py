@@ -65,7 +65,7 @@ def metrics_of(predictions: list[Prediction]) -> dict[tuple[str, str], CorpusMet
         metrics, _ = corpus_metrics(task, rows, {row["id"]: row["prediction"] for row in rows})
         if task == "traits":  # each trait's accuracy, the other traits' rows counting nothing
             right, count = metrics["accuracy"].statistics.T
-            for trait in TRAITS:
+            for trait in {row["trait"] for row in rows}:
                 asked = np.array([row["trait"] == trait for row in rows], dtype=float)
                 metrics[trait] = CorpusMetric(np.stack([right * asked, count * asked], 1), _ratio)
         metrics["loss"] = CorpusMetric(np.array([[row["loss"], row["tokens"]] for row in rows]), _ratio)

@@ -72,7 +72,9 @@ def decodable(of_seeds: list[dict[str, Any]], label: str) -> str:
     above 0, with every seed): "everywhere", "nowhere", or at which share of the places."""
     places = list(of_seeds[0][label]["places"])
     sure = [
-        place for place in places if all(seed[label]["places"][place]["above_guessing"]["interval"][0] > 0 for seed in of_seeds)
+        place
+        for place in places
+        if all(seed[label]["places"][place]["above_guessing"]["interval"][0] > 0 for seed in of_seeds)
     ]
     return {0: "nowhere", len(places): "everywhere"}.get(len(sure), f"at {len(sure)} of {len(places)} places")
 

@@ -7,9 +7,7 @@ after every cell). Rows and fractions that were not run are left out, and the re
 import json
 import os
 import platform
-import shlex
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -40,16 +38,14 @@ class Report:
     """Reads cells as they come, and writes the report; a cell's predictions are scored once.
 
     Args:
-        command: how the run was started.
+        command: that runs these cells.
         name: of the files.
     """
 
-    def __init__(
-        self, scale: Scale, cells: list[Cell], output: Path, command: str | None = None, name: str = "results"
-    ):
+    def __init__(self, scale: Scale, cells: list[Cell], output: Path, command: str, name: str = "results"):
         self.scale, self.cells, self.output, self.name = scale, cells, output, name
         self.plots = "plots" if name == "results" else f"plots-{name}"
-        self.command = command or shlex.join(["speechllm", *sys.argv[1:]])
+        self.command = command
         self._scored: dict[str, dict[tuple[str, str], CorpusMetric]] = {}
 
     def write(self) -> dict[str, Any]:
@@ -145,7 +141,8 @@ def _pretraining(cells: list[Cell], found: Mapping[Cell, dict[str, Any]]) -> dic
                 }
                 for name in ("recall@1", "recall@5", "mean_rank")
             },
-            "own": own and {
+            "own": own
+            and {
                 "similarity": own[0]["similarity"],
                 "seeds": len(own),
                 "recall@1": statistics.mean(value for entry in own for value in entry["recall@1"].values()),

@@ -140,6 +140,8 @@ def retrieval(trainer: ContrastiveTrainer, similarity: str = "cosine") -> dict[s
 class OracleTrainer(FineTuningTrainer):
     """Fine-tuning on transcripts in the place of audio."""
 
+    _shares_start = False  # no audio ends what the rows of a batch have in common: it may reach into the answer
+
     def items(self, rows: list[Row], with_answer: bool = True) -> TranscriptItems:
         return TranscriptItems(rows, self.processing_class, with_answer)
 

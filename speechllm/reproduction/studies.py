@@ -7,6 +7,7 @@ folder share cells, so that a row that the grid has run is not run again.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from ..recipes import UsageError
 from .data import LANGUAGES_ENGLISH, LANGUAGES_OWN, languages_test
 from .plan import Row, Scale, Settings
 
@@ -28,6 +29,7 @@ class Study:
     rows: of the scale, with the scale's seeds.
     variants: with one seed; so are the rows they are compared with, `rows`, where `seeds` is 1.
     fractions: on which `rows` are fine-tuned.
+    made_data: it needs data that the command makes, see `Scale.prepared`.
     """
 
     question: str
@@ -36,6 +38,7 @@ class Study:
     fractions: tuple[int, ...] = (100,)
     seeds: int = 1
     probed: bool = False
+    made_data: bool = False
 
 
 def _at_layers(name: str, layers: str) -> Variant:
@@ -76,16 +79,17 @@ STUDIES = {
         ("none", "asr-pretraining", "contr-cos-emb", "contr-cos-all", "contr-wasser-all"),
         fractions=(),
         probed=True,
+        made_data=True,
     ),
     "languages": Study(
         "Speech in other languages, aligned with its own transcript or with the English text?",
         (),
-        (
-            Variant("languages-own", "contr-cos-all", {
-                "train_data": str(LANGUAGES_OWN), "eval_data": str(languages_test(LANGUAGES_OWN))}, fractions=()),
-            Variant("languages-english", "contr-cos-all", {
-                "train_data": str(LANGUAGES_ENGLISH), "eval_data": str(languages_test(LANGUAGES_ENGLISH))}, fractions=()),
+        tuple(
+            Variant(manifest.stem, "contr-cos-all", {
+                "train_data": str(manifest), "eval_data": str(languages_test(manifest))}, fractions=())
+            for manifest in (LANGUAGES_OWN, LANGUAGES_ENGLISH)
         ),
+        made_data=True,
     ),
     "curve": Study(
         "How much fine-tuning data does it take?",
@@ -96,21 +100,30 @@ STUDIES = {
         "Contrast and answers at once, instead of one after the other?",
         ("contr-cos-all",),
         (Variant("joint", "contr-cos-all-asr", {"train_data": "fine-tuning"}, fractions=(0, 100)),),
+        made_data=True,
     ),
     "lora": Study(
         "What does LoRA on the LLM add to the projector alone, as the paper trains it?",
         ("none", "contr-cos-all"),
         (
-            Variant("none, projector alone", "none", fine_tuning={"lora_rank": 0}),
-            Variant("contr-cos-all, projector alone", "contr-cos-all", fine_tuning={"lora_rank": 0}),
+            Variant("none-projector-alone", "none", fine_tuning={"lora_rank": 0}),
+            Variant("contr-cos-all-projector-alone", "contr-cos-all", fine_tuning={"lora_rank": 0}),
         ),
     ),
 }  # fmt: skip
 
 
 def scale_of(scale: Scale, name: str) -> Scale:
-    """The scale with the study's rows, and what they start from."""
+    """The scale with the study's rows, and what they start from.
+
+    Raises:
+        UsageError: if there is no such study, or not at this scale.
+    """
+    if name not in STUDIES:
+        raise UsageError(f"--study: there is no {name!r}. Choose from {', '.join(STUDIES)}.")
     study = STUDIES[name]
+    if study.made_data and not scale.prepared:
+        raise UsageError(f"--study {name} needs data that are made for the scales tiny and small. Choose one of these.")
     known = {row.name: row for row in scale.rows}
     rows = [
         replace(known[row], seeds=study.seeds, fractions=study.fractions, probed=study.probed) for row in study.rows
@@ -131,10 +144,12 @@ def scale_of(scale: Scale, name: str) -> Scale:
 def _row(variant: Variant, known: Mapping[str, Row], scale: Scale) -> Row:
     row = replace(known[variant.of], name=variant.name, seeds=1, fractions=variant.fractions)
     if variant.fine_tuning is not None:
-        return replace(row, recipe=None, settings={}, start=None, pretrained_as=variant.of, fine_tuning=variant.fine_tuning)
+        return replace(
+            row, recipe=None, settings={}, start=None, pretrained_as=variant.of, fine_tuning=variant.fine_tuning
+        )
     settings = {**row.settings, **variant.settings}
     if "layers" in variant.settings and "layer_schedule" in settings:
         settings["layer_schedule"] = settings["layer_schedule"].replace(":all", f":{variant.settings['layers']}")
     if settings.get("train_data") == "fine-tuning":
-        settings["train_data"] = scale.fraction_settings.get(100, scale.fine_tuning)["train_data"]
+        settings["train_data"] = scale.fraction_settings[100]["train_data"]
     return replace(row, settings=settings)

@@ -38,7 +38,9 @@ def about(results: Results) -> str:
 def tables_of(results: Results) -> list[Table]:
     losses = [measure for measure in MEASURES if measure.metric == "loss"]
     traits = [measure for measure in MEASURES if measure.task == "traits" and measure.metric != "loss"]
-    others = [measure for measure in MEASURES if measure.metric != "loss" and (measure not in traits or measure.decides)]
+    others = [
+        measure for measure in MEASURES if measure.metric != "loss" and (measure not in traits or measure.decides)
+    ]
     legend = (
         "Mean over seeds with its 95% interval (seeds and test set). Arrows: better ↑ or worse ↓ than no pretraining (₀) "
         "or ASR pretraining (ₐ) on the same data, paired, p < 0.05, not adjusted for the number of tests."

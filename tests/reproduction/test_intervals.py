@@ -84,7 +84,7 @@ def test_holm():
 
 
 def part(improvement, p):
-    return {"improvement": improvement, "p": p}
+    return {"improvement": improvement, "p": p, "seeds": [0]}
 
 
 @pytest.mark.parametrize(

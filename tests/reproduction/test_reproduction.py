@@ -1,6 +1,7 @@
 """The whole grid on tiny random models: order, resumption, failures, and the report; seconds in all."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,16 @@ import yaml
 from tiny_training import save_base_models, tiny_rows
 
 from speechllm.recipes import UsageError
+from speechllm.reproduction.command import publish_report, reproduce
 from speechllm.reproduction.plan import Row, Scale, plan
 from speechllm.reproduction.report import Report
 from speechllm.reproduction.run import Runner, read_result
+from speechllm.reproduction.scales import SCALES
 from speechllm.reproduction.stages import run_cell
+from speechllm.reproduction.studies import STUDIES, scale_of
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 PROJECTOR = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -26,8 +33,9 @@ SCALE = Scale(
         Row("none"),
         Row("asr-pretraining", "asr-pretraining"),
         Row("contr-cos-all", "contr-cos-all", {"max_steps": 3}),
-        Row("warm-start", "contr-cos-all", {"layers": "emb"}, seeds=1, tested=False),
+        Row("warm-start", "contr-cos-all", {"layers": "emb"}, seeds=1, fractions=()),
         Row("contr-cos-all-asr", "contr-cos-all", {"next_token_weight": 1}, start="warm-start", seeds=1),
+        Row("oracle", seeds=1, fractions=(100, 0), fine_tuning={"lora_rank": 2}, pretrained_as="none", oracle=True),
     ),
     fractions=(100, 50),
     seeds=2,
@@ -79,11 +87,11 @@ def names(cells):
 
 def test_first_seed_of_all_rows_comes_first(world):
     cells = names(plan(SCALE, world / "recipes"))
-    assert cells[:5] == [f"pretraining/{row.name}-seed-0" for row in SCALE.rows]
-    assert cells[5:9] == [f"fine-tuning/{name}-100-percent-seed-0"
-                          for name in ("none", "asr-pretraining", "contr-cos-all", "contr-cos-all-asr")]  # fmt: skip
-    assert cells[9] == "fine-tuning/none-50-percent-seed-0"
-    later = cells[13:]
+    assert cells[:5] == [f"pretraining/{row.name}-seed-0" for row in SCALE.rows[:5]]
+    assert cells[5:10] == [f"fine-tuning/{name}-100-percent-seed-0"
+                           for name in ("none", "asr-pretraining", "contr-cos-all", "contr-cos-all-asr", "oracle")]  # fmt: skip
+    assert cells[10] == "fine-tuning/none-50-percent-seed-0" and cells[14] == "fine-tuning/oracle-0-percent-seed-0"
+    later = cells[15:]
     assert len(later) == 9 and all(name.endswith("seed-1") for name in later)  # rows of one seed are done
     assert not any("asr" in name and "contr" in name for name in later)
 
@@ -165,7 +173,7 @@ def test_report(finished):
     assert low < entry["value"] < high and entry["value"] == pytest.approx(sum(entry["seeds"]) / 2)
     assert set(entry["against_none"]) >= {"value", "interval", "p"}
     claim = next(claim for claim in results["claims"] if claim["name"] == "all layers")
-    assert claim["by_metric"]["run"] == 2 and claim["by_metric"]["planned"] == 16
+    assert claim["by_metric"]["run"] == 2 and claim["by_metric"]["planned"] == 4
     assert claim["by_metric"]["verdict"] == "undecided"
     page, text = (output / "results.html").read_text(), (output / "results.md").read_text()
     assert "<svg" in page and "contr-cos-all" in page and "<script" not in page
@@ -253,3 +261,96 @@ def test_no_fine_tuning_at_all(world, tmp_path):
     assert Runner(cells, tmp_path).run()
     result = read_result(cells[1], tmp_path)
     assert result["steps"] == 0 and result["test_rows"] == 8
+
+
+def test_the_oracle_reads(world, tmp_path):
+    """It learns from the transcript, not from the audio, and has its own hash."""
+    cells = cells_of(world, ["oracle"], fractions=(100,))
+    assert names(cells) == ["pretraining/none-seed-0", "fine-tuning/oracle-100-percent-seed-0"]
+    heard = replace(cells[1], row="heard", oracle=False)
+    assert cells[1].hash != heard.hash
+    assert Runner([*cells, heard], tmp_path).run()
+    results = [read_result(cell, tmp_path) for cell in (cells[1], heard)]
+    assert [result["steps"] for result in results] == [2, 2] and all(result["test_rows"] == 8 for result in results)
+    losses = [[log["loss"] for log in result["history"]] for result in results]
+    assert losses[0] != losses[1]
+
+
+def test_probed_row(world, tmp_path):
+    """Probes of a pretrained row: their values, and a table with what guessing gives."""
+    rows = [
+        json.loads(line) for name in ("train", "test") for line in (world / f"{name}.jsonl").read_text().splitlines()
+    ]
+    rows = [{**row, "gender": ("female", "male")[i % 2]} for i, row in enumerate(rows)]
+    data = world / "traits.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    probing = {"data": str(data), "labels": ["gender"], "layers": "0,-1", "bootstrap": 20, "splits": 1}
+    scale = replace(SCALE, rows=(Row("none", fractions=(), probed=True),), probing=probing)
+    cells = cells_of(world, ["none"], scale=scale)
+    assert names(cells) == ["pretraining/none-seed-0", "probing/none-seed-0"]
+    report = Report(scale, cells, tmp_path, command="speechllm reproduce", name="study-traits")
+    assert Runner(cells, tmp_path, report.write).run(), (tmp_path / cells[1].name / "error.txt").read_text()
+    found = read_result(cells[1], tmp_path)["probes"]["gender"]
+    assert found["metric"] == "accuracy" and all(0 <= place["value"] <= 1 for place in found["places"].values())
+    text = (tmp_path / "study-traits.md").read_text()
+    assert "## Probes: gender" in text and "Told better than by guessing (interval above 0): none: " in text
+
+
+# ---- scales, studies, publishing -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_scales_can_be_planned(name):
+    """From the repository's recipes, with the rows that may not have fewer than three seeds."""
+    cells = plan(SCALES[name], RECIPES)
+    for row in ("none", "asr-pretraining", "contr-cos-emb", "contr-cos-all", "contr-wasser-all"):
+        assert {cell.seed for cell in cells if cell.row == row and cell.percent == 100} == {0, 1, 2}
+    assert len({cell.hash for cell in cells}) == len(cells)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("scale", SCALES)
+def test_studies_can_be_planned(scale, name):
+    if STUDIES[name].made_data and not SCALES[scale].prepared:
+        with pytest.raises(UsageError, match="tiny and small"):
+            scale_of(SCALES[scale], name)
+        return
+    study = scale_of(SCALES[scale], name)
+    cells = plan(study, RECIPES)
+    assert {cell.row for cell in cells} >= {*STUDIES[name].rows, *(v.name for v in STUDIES[name].variants)} - {
+        variant.name for variant in STUDIES[name].variants if variant.fine_tuning is not None
+    }
+    grid = {cell.name: cell.hash for cell in plan(SCALES[scale], RECIPES)}
+    shared = [cell for cell in cells if cell.name in grid]
+    assert all(grid[cell.name] == cell.hash for cell in shared)  # a run of the grid is not run again
+    assert shared or not STUDIES[name].rows
+
+
+def test_single_layer_goes_on_from_the_input():
+    study = scale_of(SCALES["tiny"], "layers")
+    row = next(row for row in study.rows if row.name == "contr-cos-layer-15")
+    assert row.settings["layer_schedule"] == "0:emb 210:15"
+
+
+def test_publish(finished, tmp_path):
+    cells, output = finished
+    report = Report(SCALE, cells, output, command="speechllm reproduce")
+    publish_report(report, tmp_path, "test")
+    text = (tmp_path / "test.md").read_text()
+    links = re.findall(r"\]\((.*?)\)", text)
+    assert links and all((tmp_path / link).is_file() for link in links)
+    assert "**Not run" not in text
+
+
+def test_report_names_what_is_missing(finished, tmp_path):
+    cells, output = finished
+    shutil.copytree(output, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / cells[-1].name)
+    Report(SCALE, cells, tmp_path / "run", command="speechllm reproduce").write()
+    text = (tmp_path / "run" / "results.md").read_text()
+    assert f"**Not run, or failed:** {cells[-1].name.removeprefix('cells/')}." in text
+
+
+def test_unknown_study(tmp_path):
+    with pytest.raises(UsageError, match="there is no 'nothing'. Choose from layers"):
+        reproduce("tiny", tmp_path, study="nothing", recipes=RECIPES)

@@ -63,6 +63,19 @@ def test_a_trained_llm_shares_the_prompts_start_within_a_step(tmp_path):
     torch.testing.assert_close(shared, whole, atol=1e-5, rtol=1e-3)
 
 
+def test_under_autocast_all_of_lora_runs_in_bfloat16(tmp_path):
+    """In the pass over the prompt's shared start, too."""
+    model = tiny_trainable().to(torch.bfloat16)
+    processor = system_processor(model, "Listen closely.")
+    trainer = fine_tuning(tmp_path, model, processor=processor, lora_rank=2, bf16=True, max_steps=1)
+    adapters = [module for name, module in model.named_modules() if name.endswith("lora_A.default")]
+    dtypes = []
+    for adapter in adapters:
+        adapter.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    trainer.train()
+    assert dtypes == [torch.bfloat16] * (2 * len(adapters))  # the start, and the rest
+
+
 def test_reuse_follows_the_batch(tmp_path):
     rows = tiny_rows(8)
     for row in rows[4:]:
