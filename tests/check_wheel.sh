@@ -22,8 +22,10 @@ assert str(pathlib.Path(speechllm.__file__)).startswith(str(pathlib.Path.cwd()))
 for module in pkgutil.walk_packages(speechllm.__path__, "speechllm."):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
-for name in ("quickstart/report.html.jinja", "hub/model_card.md"):
-    assert (pathlib.Path(speechllm.__file__).parent / name).is_file(), f"package data is missing: {name}"
+package = pathlib.Path(speechllm.__file__).parent
+for name in ("quickstart/report.html.jinja", "evaluation/page.css", "evaluation/report.html.jinja", "hub/model_card.md",
+             "reproduction/results.html.jinja", "evaluation/metrics/modules/wer/wer.py"):
+    assert (package / name).is_file(), f"package data is missing: {name}"
 print("wheel ok:", speechllm.__version__)
 PYTHON
 PYTHONPATH="$site" "$room/env/bin/speechllm" --version

@@ -4,10 +4,10 @@ import json
 import os
 import sys
 
-from comet import download_model, load_from_checkpoint
-
 
 def main(request_path: str, answer_path: str) -> None:
+    from comet import download_model, load_from_checkpoint
+
     with open(request_path, encoding="utf-8") as file:
         request = json.load(file)
     name = request["model"]
