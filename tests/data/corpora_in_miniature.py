@@ -1,6 +1,8 @@
 """Miniatures of corpora in their real layouts, with generated audio."""
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import soundfile
@@ -171,4 +173,22 @@ def spoken_squad(folder: Path, original=True) -> Path:
         write(folder / "train-v1.1.json", squad_json(first, second, third))
     for name, seed in (("0_0_0", 0), ("0_0_1", 1), ("0_1_0", 2), ("0_2_0", 3)):
         sound(folder / "train_wav" / f"{name}.wav", 0.2 + 0.1 * seed, seed=seed)
+    return folder
+
+
+def write_shards(folder: Path, sources: Path) -> Path:
+    """Two WebDataset shards, of the recordings `wav/0.wav` to `wav/3.wav` in `sources`."""
+    folder.mkdir()
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard:05}.tar", "w") as archive:
+            for i in range(2 * shard, 2 * shard + 2):
+                parts = {
+                    "wav": (sources / "wav" / f"{i}.wav").read_bytes(),
+                    "txt": f"text {i}\n".encode(),
+                    "json": json.dumps({"speaker_id": f"s{i}", "language": "en"}).encode(),
+                }
+                for ending, data in parts.items():
+                    member = tarfile.TarInfo(f"sub/{i:04}.{ending}")
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
     return folder

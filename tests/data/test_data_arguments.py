@@ -4,6 +4,7 @@ import json
 from collections import Counter
 
 import corpora_in_miniature as miniature
+import datasets
 import pytest
 from tiny_training import fine_tuning
 
@@ -152,11 +153,7 @@ def test_the_command_data(corpora, capsys):
 
 
 def test_audio_in_memory_becomes_files(corpora):
-    from test_sources import write_shards
-
-    write_shards(corpora / "shards", corpora)
-    import datasets
-
+    miniature.write_shards(corpora / "shards", corpora)
     rows = [{"audio": {"bytes": (corpora / "wav" / "0.wav").read_bytes(), "path": "x.wav"}, "text": "zero"}]
     datasets.Dataset.from_list(rows).to_parquet(corpora / "held.parquet")
     assert main(["data", "held.parquet", "shards", "--output", "all.jsonl"]) == 0

@@ -1,8 +1,6 @@
 """The one door to data: every kind of source, options, what is set aside and counted, strict mode, streams."""
 
-import io
 import json
-import tarfile
 
 import corpora_in_miniature as miniature
 import datasets
@@ -89,26 +87,8 @@ def test_folders_with_transcripts(recordings):
         load_source(str(recordings / "empty"))
 
 
-def write_shards(folder, sources):
-    """Two WebDataset shards."""
-    folder.mkdir()
-    for shard in range(2):
-        with tarfile.open(folder / f"{shard:05}.tar", "w") as archive:
-            for i in range(2 * shard, 2 * shard + 2):
-                parts = {
-                    "wav": (sources / "wav" / f"{i}.wav").read_bytes(),
-                    "txt": f"text {i}\n".encode(),
-                    "json": json.dumps({"speaker_id": f"s{i}", "language": "en"}).encode(),
-                }
-                for ending, data in parts.items():
-                    member = tarfile.TarInfo(f"sub/{i:04}.{ending}")
-                    member.size = len(data)
-                    archive.addfile(member, io.BytesIO(data))
-    return folder
-
-
 def test_webdataset_shards(recordings):
-    folder = write_shards(recordings / "shards", recordings)
+    folder = miniature.write_shards(recordings / "shards", recordings)
     rows = load_source(f"{folder}?columns.speaker=speaker_id", strict=True).rows
     assert [(row["text"], row["speaker"], row["language"]) for row in rows] == [
         (f"text {i}", f"s{i}", "en") for i in range(4)
@@ -324,7 +304,7 @@ def test_one_id_may_have_several_tasks(recordings):
 
 
 def test_streams_of_every_kind(recordings):
-    folder = write_shards(recordings / "shards", recordings)
+    folder = miniature.write_shards(recordings / "shards", recordings)
     stream = stream_source(str(folder))
     assert stream.num_shards == 2 and [row["text"] for row in stream] == ALL
     assert [row["text"] for row in stream_source(f"{recordings / 'all.jsonl'}?only.id=r1,r2")] == ALL[1:3]
