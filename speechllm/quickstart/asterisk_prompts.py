@@ -42,7 +42,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from speechllm.quickstart.downloads import (
+from speechllm.downloads import (
     Archive,
     DownloadError,
     build_once,

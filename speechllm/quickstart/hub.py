@@ -22,7 +22,7 @@ from typing import Any
 
 import soundfile
 
-from speechllm.quickstart.downloads import DownloadError, build_once, cache_directory
+from speechllm.downloads import DownloadError, build_once, cache_directory
 
 
 logger = logging.getLogger(__name__)

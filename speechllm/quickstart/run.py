@@ -7,7 +7,6 @@
 4. Save the best model. The report is rewritten after every stage.
 """
 
-import ctypes
 import logging
 import os
 import platform
@@ -29,6 +28,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, set_
 from ..data.joining import joined_rows
 from ..data.schema import Row
 from ..data.splits import split_by_cluster, without_near_duplicates
+from ..downloads import cache_directory
 from ..evaluation.metrics.error_rates import recognition_metrics
 from ..evaluation.nearest_tokens import nearest_tokens
 from ..modeling_speechllm import SpeechLLMForConditionalGeneration
@@ -41,7 +41,7 @@ from ..trainers import (
     SpeechLLMTrainer,
     add_lora,
 )
-from .downloads import cache_directory
+from ..trainers.memory import GiveMemoryBack
 from .report import write_report
 from .settings import QuickstartArguments
 from .sources import Source, load_source
@@ -384,18 +384,6 @@ class AtStep(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             self.action(control)
-
-
-class GiveMemoryBack(TrainerCallback):
-    """Tensors of ever-changing sizes leave the C library's heap in pieces, gigabytes in all; it gives them back if asked."""
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % 5 == 0:
-            self.on_train_end()
-
-    def on_train_end(self, *_, **__):
-        if sys.platform == "linux":
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 def prepare_trainer(trainer: SpeechLLMTrainer) -> None:

@@ -22,8 +22,8 @@ from pathlib import Path
 from ..data.forced_alignment import proportional_words
 from ..data.schema import Row
 from ..data.splits import near_duplicate_clusters, split_by_cluster
+from ..downloads import DownloadError
 from .asterisk_prompts import LANGUAGES, archives, asterisk_prompts, prompt_texts
-from .downloads import DownloadError
 from .hub import hub_model
 from .run import LONGEST_UTTERANCE
 from .settings import QuickstartArguments

@@ -15,8 +15,8 @@ import logging
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from speechllm.downloads import Archive, DownloadError
 from speechllm.quickstart.asterisk_prompts import archives, asterisk_prompts
-from speechllm.quickstart.downloads import Archive, DownloadError
 from speechllm.quickstart.hub import SPEECH_DATA, SPEECH_MODEL, TEXT_MODEL, hub_model, librispeech_rows
 from speechllm.quickstart.weights import SMOLLM2, WHISPER, smollm2_135m_instruct, whisper_tiny_en
 

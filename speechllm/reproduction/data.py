@@ -24,9 +24,9 @@ from pathlib import Path
 from ..data.forced_alignment import proportional_words
 from ..data.joining import joined_rows
 from ..data.schema import Row, load_rows
+from ..downloads import cache_directory
 from ..evaluation.page import write_whole
 from ..quickstart.asterisk_prompts import LANGUAGES
-from ..quickstart.downloads import cache_directory
 from ..quickstart.small_data import write_small_data
 from ..synthesis.engines import parse_voices
 from ..synthesis.passages import generate_passages

@@ -23,10 +23,10 @@ from transformers import PrinterCallback, ProgressCallback
 from ..data.schema import Row
 from ..evaluation.generation import TranscriptItems
 from ..modeling_speechllm import SpeechLLMForConditionalGeneration
-from ..quickstart.run import GiveMemoryBack
 from ..recipes import parse_settings
 from ..trainers import ContrastiveArguments, ContrastiveTrainer, FineTuningArguments, FineTuningTrainer
 from ..trainers.base import SpeechLLMTrainer
+from ..trainers.memory import GiveMemoryBack
 from ..training import DataArguments, ModelArguments, load_model
 from .cost import Cost
 from .plan import MODEL, Cell

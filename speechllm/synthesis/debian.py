@@ -18,7 +18,7 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
-from ..quickstart.downloads import Archive, DownloadError, build_once, cache_directory, fetch
+from ..downloads import Archive, DownloadError, build_once, cache_directory, fetch
 
 
 LIBRARIES = "usr/lib/x86_64-linux-gnu"

@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..data.schema import Row, load_rows
+from ..downloads import build_once, cache_directory
 from ..evaluation.metrics.question_answering import exact_match
-from ..quickstart.downloads import build_once, cache_directory
 from ..quickstart.weights import smollm2_135m_instruct
 from .engines import Voice, parse_voices
 from .passages import Passage, generate_passages, question_rows

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from ..data.schema import ManifestError, Row, SetAside, manifest_rows
-from ..quickstart.downloads import fetch, read_debian_members
+from ..downloads import fetch, read_debian_members
 from .debian import WORDNET
 
 

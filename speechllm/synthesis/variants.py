@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from ..audio_speechllm import AudioError, load_audio
 from ..data.schema import Row, SetAside, load_rows
 from ..data.splits import split_by_cluster
-from ..quickstart.downloads import build_once, cache_directory
+from ..downloads import build_once, cache_directory
 from .acoustics import at_common_level, with_noise, with_reverberation
 from .engines import Voice, parse_voices
 from .speaking import Spoken, synthesise, write_flac, write_jsonl

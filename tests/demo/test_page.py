@@ -65,11 +65,6 @@ def browser():
         browser.close()
 
 
-def is_wrong(message) -> bool:
-    # Stop may be pressed when the answer has just ended: Gradio's own script then asks to cancel nothing, and is refused.
-    return message.type == "error" and not message.location["url"].endswith("/cancel")
-
-
 @pytest.fixture
 def page(browser, address):
     """The page, freshly opened; afterwards there must have been no error in the console and no request elsewhere."""
@@ -77,7 +72,7 @@ def page(browser, address):
     page.set_default_timeout(WAIT)
     expect.set_options(timeout=WAIT)
     page.wrong = wrong = []
-    page.on("console", lambda message: wrong.append(message.text) if is_wrong(message) else None)
+    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else wrong.append(r.url))
     page.goto(address)

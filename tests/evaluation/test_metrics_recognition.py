@@ -12,10 +12,10 @@ import jiwer
 import numpy as np
 import pytest
 
+from speechllm.downloads import Archive, fetch, read_debian_members
 from speechllm.evaluation.metrics import normalisation
 from speechllm.evaluation.metrics.error_rates import edit_counts, recognition, recognition_metrics
 from speechllm.evaluation.metrics.normalisation import normalise, normaliser
-from speechllm.quickstart.downloads import Archive, fetch, read_debian_members
 
 
 SCTK = Archive(

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import soundfile
 
+from speechllm.downloads import CACHE_VARIABLE, DownloadError
 from speechllm.quickstart import asterisk_prompts as prompts
-from speechllm.quickstart.downloads import CACHE_VARIABLE, DownloadError
 
 
 @pytest.mark.parametrize(

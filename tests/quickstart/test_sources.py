@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import soundfile
 
+from speechllm.downloads import CACHE_VARIABLE, DownloadError
 from speechllm.quickstart import hub, sources
-from speechllm.quickstart.downloads import CACHE_VARIABLE, DownloadError
 
 
 @pytest.fixture(autouse=True)

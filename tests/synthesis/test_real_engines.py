@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
+from speechllm import downloads
 from speechllm.audio_speechllm import load_audio
 from speechllm.data.splits import words_of
-from speechllm.quickstart import downloads
 from speechllm.quickstart.weights import smollm2_135m_instruct, whisper_tiny_en
 from speechllm.synthesis import debian
 from speechllm.synthesis.engines import find_engine, parse_voices

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ...data.schema import Row
-from ...quickstart.downloads import cache_directory
+from ...downloads import cache_directory
 from .resampling import CorpusMetric
 from .tasks import answers_of, reference_of, summary
 

@@ -19,7 +19,7 @@ from functools import cache
 
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
-from ...quickstart.downloads import Archive, fetch, read_wheel_member
+from ...downloads import Archive, fetch, read_wheel_member
 
 
 Normaliser = Callable[[str], str]

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from speechllm.quickstart import downloads
-from speechllm.quickstart.downloads import Archive, DownloadError
+from speechllm import downloads
+from speechllm.downloads import Archive, DownloadError
 
 
 @pytest.fixture(autouse=True)
