@@ -127,7 +127,7 @@ def test_ask_and_see(page, recordings):
     assert [t for t in texts if len(t) == 1] == [*"Hello", "\N{OPEN BOX}", *"there"]
     screenshot(page, "demo")
 
-    page.get_by_role("button", name="Clear").click()
+    page.locator("#recording").get_by_role("button", name="Clear").click()
     expect(heat_map.locator("figure")).to_have_count(0)  # nothing of an old recording stays
     expect(answer).to_have_value("")
 
@@ -158,10 +158,10 @@ def test_what_is_wrong_is_said_in_one_sentence(page, recordings):
     expect(alert).to_contain_text("The recording is not audio that can be decoded")
     page.wait_for_timeout(500)
     page.wrong.remove("Waveform load error: MediaError")  # the player's own word on the file, in the console
-    page.get_by_role("button", name="Clear").click()
+    page.locator("#recording").get_by_role("button", name="Clear").click()
     page.set_input_files("#recording input[type=file]", recordings / "long.wav")
     expect(alert).to_have_text("The recording is longer than 10 seconds, the limit here. Cut it into parts.")
-    page.get_by_role("button", name="Clear").click()
+    page.locator("#recording").get_by_role("button", name="Clear").click()
     expect(alert).to_have_count(0)
     upload(page, recordings / "other.wav")
     page.get_by_role("button", name="Compare").click()
