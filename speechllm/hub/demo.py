@@ -11,10 +11,12 @@
 """
 
 import html
+import itertools
 import logging
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import gradio as gr
@@ -170,14 +172,32 @@ def checked_text(text: str | None, name: str) -> str:
     return text
 
 
+@dataclass
+class Request:
+    """An answer that is being given or waits for its turn. Gradio's own way to stop one, `cancels`, is an error in the
+    browser when the answer has just ended."""
+
+    ended: bool = False
+    seen: bool = True  # whether the page still shows it
+
+
 # ---- page ------------------------------------------------------------------------------------------------------------
 
 
 def demo_page(demo: Demo, name: str) -> gr.Blocks:
     """The page around a `Demo`; `name` is what it calls the model."""
 
-    def check(path):
+    def begin(last):
+        end(last)
+        return Request()
+
+    def end(request, seen=True):
+        if request is not None:
+            request.ended, request.seen = True, seen
+
+    def check(path, request):
         """A new recording, or none: what is shown of the last one goes."""
+        end(request, seen=False)
         message = ""
         try:
             if path:
@@ -186,13 +206,15 @@ def demo_page(demo: Demo, name: str) -> gr.Blocks:
             message = as_message(error)
         return message, "", None, "", "", ""
 
-    def answer(path, task, language, question):
+    def answer(request, path, task, language, question):
         yield "", ""
         try:
-            for text in demo.answer(path, task, language, question):
+            for text in itertools.takewhile(lambda _: not request.ended, demo.answer(path, task, language, question)):
                 yield text, ""
         except Exception as error:
             yield "", as_message(error)
+        if not request.seen:
+            yield "", gr.skip()  # the page shows the last thing it was sent once more, after it was cleared
 
     def compare(path, sentence, layer):
         try:
@@ -255,6 +277,7 @@ def demo_page(demo: Demo, name: str) -> gr.Blocks:
             with gr.Column(min_width=300):
                 plan = gr.HTML(elem_id="plan")
 
+        request = gr.State(None, time_to_live=KEPT)
         hidden = dict(api_visibility="private")  # a page for people; programs have the server and the pipeline
         model_runs = dict(hidden, concurrency_id="model", concurrency_limit=1)
         task.change(
@@ -264,23 +287,30 @@ def demo_page(demo: Demo, name: str) -> gr.Blocks:
             show_progress="hidden",
             **hidden,
         )
-        answering = gr.on(
+        gr.on(
             [ask.click, question.submit, language.submit],
+            begin,
+            request,
+            request,
+            queue=False,
+            show_progress="hidden",
+            **hidden,
+        ).then(
             answer,
-            [recording, task, language, question],
+            [request, recording, task, language, question],
             [answer_text, answer_message],
             show_progress_on=answer_text,
             **model_runs,
         )
         recording.change(
             check,
-            recording,
+            [recording, request],
             [answer_message, answer_text, alignment, heat_map, plan, alignment_message],
             show_progress="hidden",
-            cancels=answering,
+            queue=False,
             **hidden,
         )
-        stop.click(None, cancels=answering, **hidden)
+        stop.click(end, request, queue=False, show_progress="hidden", **hidden)
         gr.on(
             [show.click, sentence.submit],
             compare,

@@ -132,6 +132,31 @@ def test_ask_and_see(page, recordings):
     expect(answer).to_have_value("")
 
 
+def test_stop_and_clear_at_any_time(page, recordings):
+    """Before, while and after an answer is given, and twice: no error, and nothing of an old recording comes back."""
+    answer = page.get_by_role("textbox", name="Answer")
+    ask, stop = (page.get_by_role("button", name=name) for name in ("Answer", "Stop"))
+    stop.click()
+    upload(page, recordings / "good.wav")
+    ask.click()
+    stop.click()
+    ask.click()
+    expect(answer).to_have_value(re.compile("a"))
+    stop.click()
+    stop.click()
+    page.wait_for_timeout(1000)
+    stopped = answer.input_value()
+    page.wait_for_timeout(500)
+    assert answer.input_value() == stopped
+    ask.click()
+    page.locator("#recording").get_by_role("button", name="Clear").click()
+    expect(answer).to_have_value("")
+    page.wait_for_timeout(2000)
+    expect(answer).to_have_value("")
+    stop.click()
+    expect(page.get_by_role("alert")).to_have_count(0)
+
+
 def test_tasks_ask_for_what_they_need(page, recordings):
     language, question = page.get_by_label("Into which language?"), page.get_by_label("Question", exact=True)
     expect(language).to_be_hidden()

@@ -54,15 +54,22 @@ def ask(client: httpx.Client, button: str, data: list) -> list:
     """What the page's functions behind `button` give for `data`, through the page's queue."""
     config = client.get("/config").json()
     buttons = {part["id"]: part["props"].get("value") for part in config["components"] if part["type"] == "button"}
-    function = next(
-        dependency["id"]
+    first = next(
+        dependency
         for dependency in config["dependencies"]
         if any(buttons.get(component) == button for component, _ in dependency["targets"])
     )
-    request = {"data": data, "fn_index": function, "session_hash": f"visitor of {button}", "event_data": None}
+    second = [dependency for dependency in config["dependencies"] if dependency["trigger_after"] == first["id"]]
+    if second:  # the first one only makes what the page keeps to itself
+        call(client, button, first, [None])
+        return call(client, button, second[0], [None, *data])
+    return call(client, button, first, data)
+
+
+def call(client: httpx.Client, visitor: str, function: dict, data: list) -> list:
+    request = {"data": data, "fn_index": function["id"], "session_hash": visitor, "event_data": None}
     client.post("/gradio_api/queue/join", json=request).raise_for_status()
-    parameters = {"session_hash": request["session_hash"]}
-    with client.stream("GET", "/gradio_api/queue/data", params=parameters) as events:
+    with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": visitor}) as events:
         for line in events.iter_lines():
             message = json.loads(line.removeprefix("data:")) if line.startswith("data:") else {}
             if message.get("msg") == "process_completed":
