@@ -40,10 +40,9 @@ ARM_COLOURS = {
     "pretrained": "blue",
     "scratch_equal_steps": "orange",
     "scratch_equal_compute": "purple",
-    "pretrained_longer": "green",
 }
 _RECALLS = ("recall_at_1", "recall_at_5")
-SPARE_COLOURS = ("red", "grey")  # for arms with other names
+SPARE_COLOURS = ("green", "red", "grey")  # for arms with other names
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:

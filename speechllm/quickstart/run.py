@@ -4,7 +4,7 @@
 2. Contrastive pretraining: the LLM's input first, then every fifth layer; held-out retrieval before, between and after.
 3. Fine-tuning for recognition, the projector and LoRA on the LLM, from the pretrained projector and, to see what
    pretraining is worth, from scratch: at equal steps, and at equal compute (counted in tokens that pass through the LLM).
-4. Fine-tuning from the pretrained projector for longer; save the best model. The report is rewritten after every stage.
+4. Save the best model. The report is rewritten after every stage.
 """
 
 import logging
@@ -64,7 +64,7 @@ SHOWN_SIMILARITIES = 24  # rows and columns of the similarity matrices
 
 @dataclass(frozen=True)
 class Trunk:
-    """What a fine-tuning run shares with a longer one, all until its learning rate falls: a checkpoint and its cost."""
+    """The beginning that two fine-tuning runs share: a checkpoint, and what it cost."""
 
     checkpoint: str | None = None
     seconds: float = 0.0
@@ -101,20 +101,19 @@ class Quickstart:
         with self.stage("contrastive pretraining", "fine-tuning from the pretrained projector"):
             self.pretrain(steps[0], steps[1])
         with self.stage("fine-tuning from the pretrained projector", "fine-tuning from scratch"):
-            label = "from the pretrained projector"
-            pretrained = self.fine_tune("pretrained", label, self.pretrained, steps[2])
+            self.fine_tune("pretrained", "from the pretrained projector", self.pretrained, steps[2])
         if self.settings.compute_arms:
             with self.stage("fine-tuning from scratch, equal steps", "fine-tuning from scratch, equal compute"):
-                label = "from scratch, equal steps"
-                scratch = self.fine_tune("scratch_equal_steps", label, self.untrained, steps[2])
-            with self.stage("fine-tuning from scratch, equal compute", "fine-tuning for longer"):
-                label = "from scratch, equal compute"
+                self.fine_tune("scratch_equal_steps", "from scratch, equal steps", self.untrained, steps[2])
+            with self.stage("fine-tuning from scratch, equal compute", "saving"):
+                # Until its learning rate falls, the run of equal steps is this one: it goes on from there.
                 self.fine_tune(
-                    "scratch_equal_compute", label, self.untrained, self.equal_compute_steps(), trunk=scratch
+                    "scratch_equal_compute",
+                    "from scratch, equal compute",
+                    self.untrained,
+                    self.equal_compute_steps(),
+                    trunk=self.trunk,
                 )
-        with self.stage("fine-tuning from the pretrained projector for longer", "saving"):
-            label = "from the pretrained projector, longer"
-            self.fine_tune("pretrained_longer", label, self.pretrained, steps[3], trunk=pretrained)
         with self.stage("saving the best model", ""):
             self.save_best()
         self.report.update(status="complete", stage="everything", next="")
@@ -283,9 +282,9 @@ class Quickstart:
 
     def fine_tune(
         self, name: str, label: str, projector: dict[str, torch.Tensor], steps: int, trunk: Trunk | None = None
-    ) -> Trunk:
+    ) -> None:
         """One arm: from the given projector, or where `trunk` ends, to step `steps`; its scores and answers into the
-        report. Returns where a longer run can begin."""
+        report, and its own trunk into `self.trunk`."""
         set_seed(self.settings.seed)
         if self.settings.lora_rank and not self.adapter:
             add_lora(self.model, self.settings.lora_rank, LORA_ALPHA, self.settings.seed)
@@ -303,15 +302,14 @@ class Quickstart:
         rows = joined_rows(self.train_rows + self.long_rows, JOINED_ROWS, JOINED_SECONDS, self.settings.seed)
         trainer = FineTuningTrainer(self.model, arguments, rows, self.test_rows, self.processor)
         prepare_trainer(trainer)
-        spent = shared = trunk or Trunk()
+        spent = trunk or Trunk()
         begin, constant = time.monotonic(), steps - steps // 3
 
         def branch(control: TrainerControl) -> None:
-            nonlocal shared
             control.should_save = True
             folder = Path(arguments.output_dir) / f"checkpoint-{constant}"
             seconds = spent.seconds + time.monotonic() - begin
-            shared = Trunk(str(folder), seconds, spent.llm_tokens + trainer.llm_tokens)
+            self.trunk = Trunk(str(folder), seconds, spent.llm_tokens + trainer.llm_tokens)
 
         if trunk is None:
             trainer.add_callback(AtStep(constant, branch))
@@ -342,7 +340,6 @@ class Quickstart:
         arms.append(arm)
         self.add_samples(name, trainer.predictions)
         self.report["fine_tuning"]["verdict"] = verdict({arm["name"]: arm for arm in arms})
-        return shared
 
     def equal_compute_steps(self) -> int:
         """Fine-tuning steps that pass as many tokens through the LLM as pretraining and fine-tuning together did."""

@@ -16,10 +16,9 @@ class QuickstartArguments:
         },
     )
     steps: list[int] = field(
-        default_factory=lambda: [400, 150, 60, 200],
+        default_factory=lambda: [400, 150, 60],
         metadata={
-            "help": "Four numbers: pretraining steps at the LLM's input, then at all layers, then fine-tuning steps with "
-            "and without pretraining, then those of the best model, which goes on from the former."
+            "help": "Three numbers: pretraining steps at the LLM's input, then at all layers, then fine-tuning steps."
         },
     )
     test_utterances: int = field(default=84, metadata={"help": "Held-out utterances, all of different texts."})
@@ -32,10 +31,7 @@ class QuickstartArguments:
     )
 
     def __post_init__(self):
-        if len(self.steps) != 4 or min(self.steps) < 1 or self.steps[2] > self.steps[3]:
-            raise ValueError(
-                "--steps takes four positive numbers, the third no more than the fourth, e.g. 400 150 60 200; "
-                f"got {self.steps}."
-            )
+        if len(self.steps) != 3 or min(self.steps) < 1:
+            raise ValueError(f"--steps takes three positive numbers, e.g. 400 150 60; got {self.steps}.")
         if self.source not in ("packages", "hub", "auto"):
             raise ValueError(f"--source is {self.source!r}; use 'packages', 'hub' or 'auto'.")
