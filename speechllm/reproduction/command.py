@@ -24,6 +24,7 @@ def reproduce(
     study: str | None = None,
     publish: Path | None = None,
     report_only: bool = False,
+    jobs: int = 1,
     recipes: Path = Path("recipes"),
 ) -> bool:
     """Run what is missing of a scale's cells, and report; whether nothing failed.
@@ -34,6 +35,7 @@ def reproduce(
         study: its rows instead of the scale's, see `studies.py`.
         publish: folder to which the report's page and plots are copied, under the scale's (and the study's) name.
         report_only: run nothing; report on what is there.
+        jobs: cells to run at a time, each in a process with its share of the processors.
         recipes: the repository's folder of recipes.
 
     Raises:
@@ -60,7 +62,7 @@ def reproduce(
         command += [f"--{option}", *map(str, values)] if values else []
     name = "results" if study is None else f"study-{study}"
     report = Report(scale, cells, output, shlex.join(command), name)
-    complete = report_only or Runner(cells, output, report.write).run()
+    complete = report_only or Runner(cells, output, report.write, jobs=jobs).run()
     report.write()
     if publish is not None:
         publish_report(report, publish, "-".join(filter(None, [scale.name, study])))

@@ -180,10 +180,12 @@ def plan(
 
 
 def _percents(row: Row, scale: Scale, asked: Iterable[int] | None) -> set[int]:
-    """On which a row is fine-tuned: the row's own, else what the command asks for, else the scale's."""
-    if row.fractions is None:
-        return set(scale.fractions if asked is None else asked)
-    return set(row.fractions) if asked is None else set(row.fractions) & set(asked)
+    """On which a row is fine-tuned: what the command asks for, else the row's own, else the scale's."""
+    if row.fractions == ():
+        return set()
+    if asked is not None:
+        return set(asked)
+    return set(scale.fractions if row.fractions is None else row.fractions)
 
 
 def _pretraining_settings(scale: Scale, recipes: Path, row: Row, seed: int) -> dict[str, Any]:

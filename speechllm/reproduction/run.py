@@ -13,10 +13,14 @@ import statistics
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from datetime import UTC, datetime
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from .plan import Cell, with_starts
 from .stages import run_cell
@@ -44,6 +48,8 @@ class Runner:
         output: folder of the run.
         report: called with the output folder after every cell.
         run: runs one cell.
+        jobs: cells at a time. With more than one, each runs in a process of its own with its share of the processors;
+            small models use two processors better as two jobs.
     """
 
     def __init__(
@@ -52,8 +58,9 @@ class Runner:
         output: Path,
         report: Callable[[], None] = lambda: None,
         run: Callable[[Cell, Path], dict[str, Any]] = run_cell,
+        jobs: int = 1,
     ):
-        self.cells, self.output, self.report, self.run_cell = cells, output, report, run
+        self.cells, self.output, self.report, self.run_cell, self.jobs = cells, output, report, run, jobs
         self.failed: dict[str, str] = {}
         self.begin = time.monotonic()
 
@@ -61,49 +68,59 @@ class Runner:
         """Whether all cells are there at the end."""
         missing = [cell for cell in self.cells if read_result(cell, self.output) is None]
         self.say(f"{len(self.cells)} cells, {len(self.cells) - len(missing)} of them there already")
-        for number, cell in enumerate(missing, 1):
-            position = f"{number}/{len(missing)} {cell.name.removeprefix('cells/')}"
-            if lost := next((start for start in with_starts(cell.start) if start.name in self.failed), None):
-                self.failed[cell.name] = f"{lost.name} failed"
-                self.say(f"{position}: skipped, as {lost.name} failed")
-                continue
-            if _stored(cell, self.output):
-                self.say(f"{position}: its settings or data changed; run again")
-            self.say(f"{position} ... {self._time_left(missing[number - 1 :])}")
-            self._run(cell)
-            self.report()
+        waiting, running = list(missing), {}
+        with executor(self.jobs) as workers:
+            while waiting or running:
+                while len(running) < self.jobs and (cell := self._next(waiting, running.values())):
+                    waiting.remove(cell)
+                    position = f"{len(missing) - len(waiting)}/{len(missing)} {cell.name.removeprefix('cells/')}"
+                    if lost := next((start for start in with_starts(cell.start) if start.name in self.failed), None):
+                        self.failed[cell.name] = f"{lost.name} failed"
+                        self.say(f"{position}: skipped, as {lost.name} failed")
+                        continue
+                    if _stored(cell, self.output):
+                        self.say(f"{position}: its settings or data changed; run again")
+                    self.say(f"{position} ... {self._time_left([cell, *waiting, *running.values()])}")
+                    folder = self.output / cell.name
+                    shutil.rmtree(folder, ignore_errors=True)  # of other settings, or of a run that was cut off
+                    folder.mkdir(parents=True)
+                    running[workers.submit(_timed, self.run_cell, cell, self.output)] = cell
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    self._finish(running.pop(future), future)
+                    self.report()
         if not missing:
             self.report()
         return not self.failed
 
-    def _run(self, cell: Cell) -> None:
+    @staticmethod
+    def _next(waiting: list[Cell], running: Collection[Cell]) -> Cell | None:
+        """The first cell that need not wait for another."""
+        unfinished = {cell.name for cell in (*waiting, *running)}
+        return next(
+            (cell for cell in waiting if not any(start.name in unfinished for start in with_starts(cell.start))), None
+        )
+
+    def _finish(self, cell: Cell, future: Future) -> None:
         folder = self.output / cell.name
-        shutil.rmtree(folder, ignore_errors=True)  # of other settings, or of a run that was cut off
-        folder.mkdir(parents=True)
-        begin = time.monotonic()
-        try:
-            result = self.run_cell(cell, self.output)
-        except Exception as error:  # of any kind: the other cells go on
+        if (error := future.exception()) is not None:  # of any kind: the other cells go on
             message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             self.failed[cell.name] = message
-            (folder / ERROR).write_text(traceback.format_exc(), encoding="utf-8")
+            (folder / ERROR).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
             self.say(f"failed: {message} (see {folder / ERROR})")
-        else:
-            result = {
-                "stage": cell.stage,
-                "row": cell.row,
-                "seed": cell.seed,
-                "percent": cell.percent,
-                "hash": cell.hash,
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "cell_seconds": round(time.monotonic() - begin, 1),
-                **result,
-            }
-            partial = folder / f".{RESULT}"
-            partial.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            os.replace(partial, folder / RESULT)
-            shutil.rmtree(folder / "training", ignore_errors=True)
-        gc.collect()
+            return
+        result = {
+            "stage": cell.stage,
+            "row": cell.row,
+            "seed": cell.seed,
+            "percent": cell.percent,
+            "hash": cell.hash,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            **future.result(),
+        }
+        partial = folder / f".{RESULT}"
+        partial.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(partial, folder / RESULT)
+        shutil.rmtree(folder / "training", ignore_errors=True)
 
     def _time_left(self, missing: list[Cell]) -> str:
         """From the mean time of finished cells of the same kind; of the other stage's, where there is none."""
@@ -115,12 +132,39 @@ class Runner:
             return ""
         means = {stage: statistics.mean(values) for stage, values in taken.items()}
         fallback = statistics.mean(means.values())
-        seconds = sum(means.get(cell.stage, fallback) for cell in missing)
+        seconds = sum(means.get(cell.stage, fallback) for cell in missing) / self.jobs
         return f"(about {duration(seconds)} left)"
 
     def say(self, text: str) -> None:
         minutes, seconds = divmod(int(time.monotonic() - self.begin), 60)
         print(f"[{minutes:3d}:{seconds:02d}] {text}", flush=True)
+
+
+class _Here(Executor):
+    """Runs what is submitted at once, in this process; an interruption by the user is not a failure of the cell."""
+
+    def submit(self, function, /, *arguments) -> Future:
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def executor(jobs: int) -> Executor:
+    """This process, or `jobs` others that share the processors."""
+    if jobs == 1:
+        return _Here()
+    threads = max(1, torch.get_num_threads() // jobs)
+    return ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,))
+
+
+def _timed(run: Callable[[Cell, Path], dict[str, Any]], cell: Cell, output: Path) -> dict[str, Any]:
+    begin = time.monotonic()
+    result = run(cell, output)
+    gc.collect()
+    return {"cell_seconds": round(time.monotonic() - begin, 1), **result}
 
 
 def duration(seconds: float) -> str:
