@@ -282,7 +282,9 @@ def reproduce(arguments: list[str]) -> None:
     parser.add_argument("--fractions", nargs="+", type=int, help="per cent of the fine-tuning data; 0: none")
     parser.add_argument("--stage", choices=("pretraining",), help="this stage alone (default: all)")
     parser.add_argument("--study", help="an open question's rows instead of the scale's (docs/results.md lists them)")
-    parser.add_argument("--jobs", type=_positive, default=1, help="runs at a time, which share the processors (default 1)")
+    parser.add_argument(
+        "--jobs", type=_positive, default=1, help="runs at a time, which share the processors (default 1)"
+    )
     parser.add_argument("--publish", help="folder to copy the report's page and plots to")
     parser.add_argument("--report-only", action="store_true", help="run nothing, report on what is there")
     parser.add_argument("--recipes", default="recipes", help="the repository's folder of recipes")
