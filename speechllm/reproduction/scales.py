@@ -60,7 +60,7 @@ TINY = Scale(
         "predict_with_generate": False,
         "lora_rank": 8,
         "bf16": True,
-        "max_steps": 150,
+        "max_steps": 90,
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 20,
         "warmup_steps": 10,
@@ -81,7 +81,7 @@ TINY = Scale(
         "measured): a warm start at the LLM's input is part of it.",
         "Fine-tuning trains the projector and LoRA (rank 8) on the LLM, in all rows: an LLM of 135 million parameters "
         "cannot translate, and a projector cannot teach it to. The paper trains the projector alone.",
-        "Every fraction is fine-tuned for the same 150 steps of 4 rows: a model sees about 150 rows of each task, drawn from "
+        "Every fraction is fine-tuned for the same 90 steps of 4 rows: a model sees about 90 rows of each task, drawn from "
         "all recordings or from a tenth of them. With all data most of it is never seen, so that the fractions differ "
         "less than in the paper.",
         "The text-only oracle reads the transcript in the place of the audio: straight away (0%), and fine-tuned as the "
