@@ -58,6 +58,9 @@ def test_padding_has_no_gradient_and_no_say():
     assert (states.grad[~mask] == 0).all()
     assert (states.grad[mask] != 0).any()
     assert masked_mean(states, torch.zeros_like(mask)).abs().max() == 0
+    states = states.double().requires_grad_()
+    torch.autograd.gradcheck(lambda states: masked_mean(states, mask), states)
+    torch.autograd.gradgradcheck(lambda states: masked_mean(states, mask), states)
 
 
 def test_gradients_are_right():
