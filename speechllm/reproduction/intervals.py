@@ -75,8 +75,10 @@ def mean_over_seeds(metrics: Sequence[CorpusMetric], samples: int = SAMPLES) -> 
     return estimate([metric.score for metric in metrics], drawn, len(metrics[0].statistics))
 
 
-def difference(a: Sequence[CorpusMetric], b: Sequence[CorpusMetric], samples: int = SAMPLES) -> Estimate:
-    """a - b: of each seed, and on the same samples of the test set. The seeds of both are in the same order.
+def difference(
+    a: Sequence[CorpusMetric], b: Sequence[CorpusMetric], samples: int = SAMPLES, offset: float = 0.0
+) -> Estimate:
+    """a - b + offset: of each seed, and on the same samples of the test set. The seeds of both are in the same order.
 
     Raises:
         ValueError: if the numbers of seeds differ, or there are none.
@@ -84,8 +86,8 @@ def difference(a: Sequence[CorpusMetric], b: Sequence[CorpusMetric], samples: in
     if len(a) != len(b) or not a:
         raise ValueError(f"{len(a)} and {len(b)} seeds cannot be paired.")
     drawn = bootstrap_values([*a, *b], samples, seed=0)
-    values = [left.score - right.score for left, right in zip(a, b)]
-    return estimate(values, drawn[: len(a)].mean(0) - drawn[len(a) :].mean(0), len(a[0].statistics))
+    values = [left.score - right.score + offset for left, right in zip(a, b)]
+    return estimate(values, drawn[: len(a)].mean(0) - drawn[len(a) :].mean(0) + offset, len(a[0].statistics))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -36,6 +36,7 @@ class Measure:
         return f"{self.task} {self.metric}"
 
 
+STAYS = ("gender", "noise")  # what the paper says stays decodable from the states
 TRAITS = ("gender", "rate", "noise", "reverberation")
 MEASURES = (
     Measure("asr", "wer", "ASR WER %", False, factor=100, decides=True),
@@ -47,6 +48,7 @@ MEASURES = (
     *(Measure("traits", trait, trait, True, factor=100) for trait in TRAITS),
     *(Measure(task, "loss", f"{task.upper() if task != 'traits' else task} loss", False, digits=3)
       for task in ("asr", "st", "sqa", "traits")),
+    *(Measure("probe", label, f"{label} accuracy", True, factor=100) for label in STAYS),
 )  # fmt: skip
 
 

@@ -32,12 +32,12 @@ class Row:
         recipe: file of the scale's recipes, without `.yaml`; None: no pretraining.
         settings: instead of the recipe's.
         start: another row, whose checkpoint of the same seed this one goes on from; its cost is part of this row's.
-        seeds: at most so many; None: as many as the command asks for.
+        seeds: how many, instead of the scale's, unless the command asks for a number.
         fractions: on which it is fine-tuned, instead of the scale's; none: it is pretrained only.
         fine_tuning: settings of its fine-tuning, over the scale's.
         pretrained_as: another row, whose pretraining this one has.
         oracle: in fine-tuning and test, the LLM reads the transcript in the place of the audio.
-        probed: whether its states are probed for traits (`probing.py`).
+        probed: whether its states are probed for traits, with the first seed (`probing.py`).
     """
 
     name: str
@@ -162,7 +162,7 @@ def plan(
 
     fine_tuning = {**read_recipe(recipes / scale.recipes / "finetune.yaml"), **scale.fine_tuning}
     for seed in range(count):
-        present = [known[name] for name in chosen if seed < (known[name].seeds or count)]
+        present = [known[name] for name in chosen if seed < (seeds or known[name].seeds or count)]
         for row in present:
             pretraining(row, seed)
         for percent in sorted(set().union(*percents.values()), reverse=True):
@@ -173,7 +173,7 @@ def plan(
                     cell = Cell("fine-tuning", row.name, seed, settings, percent, pretraining(row, seed), row.oracle)
                     cells[cell.name] = cell
         for row in present:
-            if row.probed:
+            if row.probed and seed == 0:
                 cell = Cell("probing", row.name, seed, {**scale.probing, "seed": seed}, start=pretraining(row, seed))
                 cells[cell.name] = cell
     return list(cells.values())

@@ -19,9 +19,6 @@ from .cost import Cost
 from .plan import Cell
 
 
-STAYS = ("gender", "noise")  # what the paper says stays decodable
-
-
 def probe_cell(cell: Cell, folder: Path) -> dict[str, Any]:
     """Probe the checkpoint that the cell starts from; the whole report goes to `probes` in its folder.
 

@@ -5,21 +5,16 @@ after every cell). Rows and fractions that were not run are left out, and the re
 """
 
 import json
-import os
-import platform
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping
-from importlib.metadata import version
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..evaluation import plots
 from ..evaluation.metrics.resampling import CorpusMetric
 from ..evaluation.page import inline_plot, render, strict_json, write_whole
-from .claims import Cells, claims_of, verdicts
+from .claims import Cells, claims_of, decodability, verdicts
 from .intervals import Estimate, difference, mean_over_seeds
 from .measures import MEASURES, Measure, metrics_of, read_predictions
 from .plan import Cell, Scale, with_starts
@@ -76,13 +71,15 @@ class Report:
             "missing": [cell.name.removeprefix("cells/") for cell in self.cells if cell not in found],
             "seeds": sorted({cell.seed for cell in found}),
             "created": max((result["created"] for result in found.values()), default=None),
-            "versions": {name: version(name) for name in ("speechllm", "torch", "transformers", "peft")}
-            | {"python": platform.python_version()},
-            "machine": machine(),
-            "claims": verdicts(tested, claims_of(self.scale)),
+            "environments": _distinct(result["environment"] for result in found.values()),
+            "claims": verdicts(tested, claims_of(self.scale)) + self._decodability(found),
             "rows": {row: self._row(row, found, tested) for row in rows},
             "units": {task: len(metric.statistics) for (task, _), metric in _any(tested).items()},
         }
+
+    def _decodability(self, found: Mapping[Cell, dict[str, Any]]) -> list[dict[str, Any]]:
+        probes = {cell.row: [result["probes"]] for cell, result in found.items() if cell.stage == "probing"}
+        return [decodability(probes)] if any(row.probed for row in self.scale.rows) else []
 
     def _metrics(self, cell: Cell) -> dict[tuple[str, str], CorpusMetric]:
         if cell.hash not in self._scored:
@@ -101,10 +98,15 @@ class Report:
                 | {
                     "seconds": _mean(found, row, percent, "seconds"),
                     "peak_memory_bytes": _mean(found, row, percent, "peak_memory_bytes"),
+                    "llm_tokens": _mean(found, row, percent, "llm_tokens"),
                 }
                 for percent in percents
             },
         }
+
+
+def _distinct(dictionaries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return list({json.dumps(each, sort_keys=True): each for each in dictionaries}.values())
 
 
 def _any(tested: Cells) -> dict[tuple[str, str], CorpusMetric]:
@@ -180,13 +182,6 @@ def printed(estimate: Estimate, measure: Measure) -> dict[str, Any]:
         "error_of_seeds": measure.factor * estimate.error_of_seeds,
         "error_of_test": measure.factor * estimate.error_of_test,
     }
-
-
-def machine() -> dict[str, Any]:
-    found: dict[str, Any] = {"platform": f"{platform.system()} {platform.machine()}", "cpus": os.cpu_count()}
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------

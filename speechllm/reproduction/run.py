@@ -8,15 +8,19 @@
 import gc
 import json
 import os
+import platform
+import re
 import shutil
 import statistics
+import threading
 import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Collection
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from datetime import UTC, datetime
-from multiprocessing import get_context
+from importlib.metadata import version
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +119,7 @@ class Runner:
             "percent": cell.percent,
             "hash": cell.hash,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "environment": environment() | {"jobs": self.jobs},
             **future.result(),
         }
         partial = folder / f".{RESULT}"
@@ -140,6 +145,26 @@ class Runner:
         print(f"[{minutes:3d}:{seconds:02d}] {text}", flush=True)
 
 
+def environment() -> dict[str, Any]:
+    """Versions, and the kind of machine."""
+    names = ("speechllm", "torch", "transformers", "peft")
+    found = {name: version(name) for name in names} | {"python": platform.python_version()}
+    found |= {
+        "platform": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cpus": os.cpu_count(),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else []
+    return names[0] if names else platform.processor()
+
+
 class _Here(Executor):
     """Runs what is submitted at once, in this process; an interruption by the user is not a failure of the cell."""
 
@@ -157,7 +182,17 @@ def executor(jobs: int) -> Executor:
     if jobs == 1:
         return _Here()
     threads = max(1, torch.get_num_threads() // jobs)
-    return ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,))
+    return ProcessPoolExecutor(jobs, get_context("spawn"), _begin_worker, (threads,))
+
+
+def _begin_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+
+    def end_with_parent() -> None:  # else a killed run's cell would go on, and write where the next run's does
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _timed(run: Callable[[Cell, Path], dict[str, Any]], cell: Cell, output: Path) -> dict[str, Any]:

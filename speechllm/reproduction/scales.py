@@ -25,11 +25,11 @@ TINY = Scale(
     name="tiny",
     recipes="small",
     rows=(
-        Row("none", fractions=(100,)),
-        Row("asr-pretraining", "asr-pretraining", {"max_steps": 150, **_SMALL_BATCHES}, fractions=(100,)),
-        Row("contr-cos-emb", "contr-cos-emb", {"max_steps": 420}, fractions=(100,)),
-        Row("contr-cos-all", "contr-cos-all", {"max_steps": 250, "layer_schedule": "0:emb 210:all"}),
-        Row("contr-wasser-all", "contr-wasser-all", {"max_steps": 190, "layer_schedule": "0:emb 155:all"}),
+        Row("none", fractions=(100,), probed=True),
+        Row("asr-pretraining", "asr-pretraining", {"max_steps": 150, **_SMALL_BATCHES}, fractions=(100,), probed=True),
+        Row("contr-cos-emb", "contr-cos-emb", {"max_steps": 420}, fractions=(100,), probed=True),
+        Row("contr-cos-all", "contr-cos-all", {"max_steps": 250, "layer_schedule": "0:emb 210:all"}, probed=True),
+        Row("contr-wasser-all", "contr-wasser-all", {"max_steps": 190, "layer_schedule": "0:emb 155:all"}, probed=True),
         ORACLE,
         Row("warm-start", "contr-cos-emb", {"max_steps": 210}, seeds=1, fractions=()),
         Row("contr-cos-all-asr", "contr-cos-all-asr", {"max_steps": 22}, "warm-start", seeds=1, fractions=(100,)),
@@ -86,6 +86,7 @@ TINY = Scale(
         "less than in the paper.",
         "The text-only oracle reads the transcript in the place of the audio: straight away (0%), and fine-tuned as the "
         "others. It cannot know the traits.",
+        "Probes are of the first seed.",
         "Rows with one seed: their intervals and tests know the test set alone, not what another seed would give.",
     ),
 )
@@ -152,6 +153,7 @@ PAPER = Scale(
         replace(ORACLE, fractions=(0,)),  # the projector alone is trained, and nothing of the LLM
     ),
     fractions=(100, 25, 10, 5, 1, 0),
+    fine_tuning={"eval_data": "data/tasks/test.jsonl"},  # the recipe names the development set
 )
 
 SCALES = {scale.name: scale for scale in (TINY, SMALL, PAPER)}

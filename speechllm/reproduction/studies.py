@@ -45,7 +45,7 @@ def _at_layers(name: str, layers: str) -> Variant:
     return Variant(f"contr-cos-{name}", "contr-cos-all", {"layers": layers})
 
 
-_NEGATIVES = {"symmetric": True}
+_NEGATIVES = {"symmetric": True, "text_state_cache": "data/cache"}  # which the paper's recipes do without
 STUDIES = {
     "layers": Study(
         "Which layers should be aligned: a single one, a few, or many?",
@@ -97,9 +97,12 @@ STUDIES = {
         fractions=(100, 50, 25, 10, 5, 1),
     ),
     "joint": Study(
-        "Contrast and answers at once, instead of one after the other?",
+        "Contrast and answers at once (joint at 0%: the projector alone is trained), instead of one after the other?",
         ("contr-cos-all",),
-        (Variant("joint", "contr-cos-all-asr", {"train_data": "fine-tuning"}, fractions=(0, 100)),),
+        (
+            Variant("joint", "contr-cos-all-asr", {"train_data": "fine-tuning"}, fractions=(0, 100)),
+            Variant("contr-cos-all-projector-alone", "contr-cos-all", fine_tuning={"lora_rank": 0}),
+        ),
         made_data=True,
     ),
     "lora": Study(

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .measures import MEASURES, Measure
-from .probing import STAYS, decodable, mean_at
+from .measures import MEASURES, STAYS, Measure
+from .probing import decodable, mean_at
 
 
 Results = Mapping[str, Any]  # see `report.Report.results`
@@ -25,14 +25,19 @@ class Table:
 def about(results: Results) -> str:
     """What was run, where, with what."""
     cells = results["cells"]
-    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
-    machine = results["machine"]
-    place = ", ".join([machine["platform"], f"{machine['cpus']} processors", *filter(None, [machine.get("gpu")])])
+    places = "; or ".join(_environment(environment) for environment in results["environments"])
     units = ", ".join(f"{count} {task}" for task, count in results["units"].items())
     return (
         f"{cells['there']} of {cells['planned']} cells; seeds {', '.join(map(str, results['seeds'])) or 'none yet'}; test "
-        f"recordings or passages: {units or 'none yet'}; {versions}; {place}."
+        f"recordings or passages: {units or 'none yet'}; {places}."
     )
+
+
+def _environment(environment: Mapping[str, Any]) -> str:
+    known = {"platform", "processor", "cpus", "jobs", "gpu"}
+    versions = [f"{name} {number}" for name, number in environment.items() if name not in known]
+    machine = [environment["platform"], f"{environment['cpus']} x {environment['processor']}", environment.get("gpu")]
+    return ", ".join([*versions, *filter(None, machine), f"{environment['jobs']} at a time"])
 
 
 def tables_of(results: Results) -> list[Table]:
@@ -43,7 +48,8 @@ def tables_of(results: Results) -> list[Table]:
     ]
     legend = (
         "Mean over seeds with its 95% interval (seeds and test set). Arrows: better ↑ or worse ↓ than no pretraining (₀) "
-        "or ASR pretraining (ₐ) on the same data, paired, p < 0.05, not adjusted for the number of tests."
+        "or ASR pretraining (ₐ) on the same data, paired, p < 0.05, not adjusted for the number of tests. Answers end at "
+        "twice the length of their task's longest right answer."
     )
     return [
         _claims(results),
@@ -168,6 +174,7 @@ def _cost(results: Results) -> Table:
         "LLM tokens",
         "fine-tuning seconds",
         "fine-tuning peak, GB",
+        "fine-tuning LLM tokens",
     ]
     table = Table(
         "Cost",
@@ -183,6 +190,7 @@ def _cost(results: Results) -> Table:
         line += [f"{entry['peak_memory_bytes'] / 1e9:.1f}", f"{entry['llm_tokens']:,.0f}"]
         line += [f"{statistics.mean(cell['seconds'] for cell in tuned):.0f}" if tuned else ""]
         line += [f"{statistics.mean(cell['peak_memory_bytes'] for cell in tuned) / 1e9:.1f}" if tuned else ""]
+        line += [f"{statistics.mean(cell['llm_tokens'] for cell in tuned):,.0f}" if tuned else ""]
         table.lines.append(line)
     return table
 

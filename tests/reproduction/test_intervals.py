@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from speechllm.evaluation.metrics.resampling import CorpusMetric
-from speechllm.reproduction.claims import Claim, Comparison, judge, verdicts
+from speechllm.reproduction.claims import Claim, Comparison, decodability, judge, verdicts
 from speechllm.reproduction.intervals import difference, estimate, holm, mean_over_seeds
 
 
@@ -84,7 +84,7 @@ def test_holm():
 
 
 def part(improvement, p):
-    return {"improvement": improvement, "p": p, "seeds": [0]}
+    return {"improvement": improvement, "p": p, "seeds": [0], "allowed": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -122,3 +122,47 @@ def test_direction_of_the_metric():
     assert comparison["improvement"] == pytest.approx(100, abs=5)  # per cent
     low_end, high_end = comparison["interval"]
     assert 0 < low_end < comparison["improvement"] < high_end
+
+
+@pytest.mark.parametrize(("excess", "verdict"), [(0.0, "confirmed"), (0.05, "contradicted"), (0.01, "undecided")])
+def test_no_worse_within_a_margin(excess, verdict):
+    """A WER that is one point higher at most is as good; seeds and utterances differ by little."""
+    claims = [Claim("gap", "gap", (Comparison("asr", "new", 100, "old", 100, margin=True),))]
+    values = [np.random.default_rng(seed).normal(0.3, 0.01, 60) for seed in range(3)]
+
+    def cell(shift):
+        return {seed: {("asr", name): mean_metric(of_seed + shift) for name in ("wer", "loss")}
+                for seed, of_seed in enumerate(values)}  # fmt: skip
+
+    noise = np.random.default_rng(9).normal(0, 0.01, (3, 60))
+    old = {seed: {key: mean_metric(of_seed + noise[seed]) for key in (("asr", "wer"), ("asr", "loss"))}
+           for seed, of_seed in enumerate(values)}  # fmt: skip
+    (found,) = verdicts({("new", 100): cell(excess + noise.mean()), ("old", 100): old}, claims)
+    assert found["by_metric"]["verdict"] == verdict
+    assert found["by_metric"]["comparisons"][0]["improvement"] == pytest.approx(-100 * excess, abs=0.2)
+
+
+def probed(values, half=0.05):
+    """One seed's probes, by how much above guessing at each place."""
+    places = {f"layer {i}": {"above_guessing": {"value": value, "interval": [value - half, value + half]}}
+              for i, value in enumerate(values)}  # fmt: skip
+    return [{label: {"places": places} for label in ("gender", "noise")}]
+
+
+@pytest.mark.parametrize(
+    ("after", "verdict"),
+    [
+        ([0.3, 0.2, -0.3], "confirmed"),  # the last layer does not tell it without pretraining either
+        ([0.3, 0.02, 0.3], "undecided"),
+        ([0.3, -0.2, 0.3], "contradicted"),
+    ],
+)
+def test_what_stays_decodable(after, verdict):
+    rows = ("contr-cos-emb", "contr-cos-all", "contr-wasser-all")
+    before = {"none": probed([0.4, 0.3, 0.01])}
+    found = decodability({**before, **{row: probed(after) for row in rows}})
+    assert found["by_metric"]["verdict"] == verdict
+    assert all("at layer 1, the least of 2 places" in part["comparison"] for part in found["by_metric"]["comparisons"])
+    if verdict == "confirmed":  # a row that was not probed is not held to be
+        assert decodability({**before, rows[0]: probed(after)})["by_metric"]["verdict"] == "undecided"
+    assert decodability({})["by_metric"]["verdict"] == "not run"

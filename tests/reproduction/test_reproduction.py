@@ -11,7 +11,7 @@ import soundfile
 import yaml
 from tiny_training import save_base_models, tiny_rows
 
-from speechllm.recipes import UsageError
+from speechllm.recipes import UsageError, parse_settings
 from speechllm.reproduction.command import publish_report, reproduce
 from speechllm.reproduction.plan import Row, Scale, plan
 from speechllm.reproduction.report import Report
@@ -19,6 +19,8 @@ from speechllm.reproduction.run import Runner, read_result
 from speechllm.reproduction.scales import SCALES
 from speechllm.reproduction.stages import run_cell
 from speechllm.reproduction.studies import STUDIES, scale_of
+from speechllm.trainers import ContrastiveArguments, FineTuningArguments
+from speechllm.training import DataArguments, ModelArguments
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -322,7 +324,7 @@ def test_scales_can_be_planned(name):
 
 @pytest.mark.parametrize("name", STUDIES)
 @pytest.mark.parametrize("scale", SCALES)
-def test_studies_can_be_planned(scale, name):
+def test_studies_can_be_planned(scale, name, tmp_path):
     if STUDIES[name].made_data and not SCALES[scale].prepared:
         with pytest.raises(UsageError, match="tiny and small"):
             scale_of(SCALES[scale], name)
@@ -336,6 +338,15 @@ def test_studies_can_be_planned(scale, name):
     shared = [cell for cell in cells if cell.name in grid]
     assert all(grid[cell.name] == cell.hash for cell in shared)  # a run of the grid is not run again
     assert shared or not STUDIES[name].rows
+    for cell in cells:
+        if cell.name not in grid and cell.stage != "probing":
+            recipe = tmp_path / "recipe.yaml"
+            start = {"model": "x"} if cell.start else {}
+            recipe.write_text(yaml.safe_dump({**cell.settings, **start, "output_dir": "y"}))
+            settings = ContrastiveArguments if cell.stage == "pretraining" else FineTuningArguments
+            parse_settings(
+                [ModelArguments, DataArguments, settings], ["--config", str(recipe), "--use_cpu", "true"], "cell", ""
+            )
 
 
 def test_single_layer_goes_on_from_the_input():

@@ -1,0 +1,48 @@
+"""Fractions, mixtures and test rows of the reproduction's data, on rows without recordings behind them."""
+
+from collections import Counter
+
+from speechllm.reproduction.data import fraction, mixture, test_rows
+
+
+def rows(count):
+    """Two rows, of recognition and translation, of each recording, and one question of every third."""
+    found = []
+    for i in range(count):
+        common = {"audio": f"folder/{i}.flac", "text": f"text {i}", "duration": 1.0 + i % 5, "words": [[0, 1, "text"]]}
+        found += [{**common, "id": f"{i} asr", "task": "asr"}, {**common, "id": f"{i} st", "task": "st", "target": "x"}]
+        if i % 3 == 0:
+            found.append({**common, "id": f"{i} sqa", "task": "sqa", "question": "?", "target": "x"})
+    return found
+
+
+def test_a_smaller_fraction_lies_in_a_larger_one():
+    """And a recording comes with all of its rows."""
+    all_rows = rows(200)
+    kept = {percent: {row["id"] for row in fraction(all_rows, percent)} for percent in (1, 5, 10, 25, 100)}
+    assert kept[1] < kept[5] < kept[10] < kept[25] < kept[100] == {row["id"] for row in all_rows}
+    recordings = {name.split()[0] for name in kept[10]}
+    assert len(recordings) == 20
+    assert kept[10] == {row["id"] for row in all_rows if row["id"].split()[0] in recordings}
+    elsewhere = [{**row, "audio": f"other/place/{row['audio']}"} for row in reversed(all_rows)]
+    assert {row["id"] for row in fraction(elsewhere, 10)} == kept[10]  # neither place nor order decides
+
+
+def test_mixture_has_every_task_as_often():
+    """Little data comes round more often, each row as often as the others; ids stay distinct."""
+    mixed = mixture(fraction(rows(30), 50), 40)
+    assert Counter(row["task"] for row in mixed) == {"asr": 40, "st": 40, "sqa": 40}
+    assert len({row["id"] for row in mixed}) == 120
+    times = Counter(row["id"].rpartition(" (")[0] for row in mixed if row["task"] == "sqa")
+    assert max(times.values()) - min(times.values()) <= 1
+    assert not any("words" in row for row in mixed)
+    assert mixture(fraction(rows(30), 50), 40) == mixed
+
+
+def test_rows_of_the_test_are_drawn_once_for_all():
+    chosen = test_rows(rows(60), {"asr": 10, "st": 100, "sqa": 5})
+    assert Counter(row["task"] for row in chosen) == {"asr": 10, "st": 60, "sqa": 5}
+    assert chosen == test_rows(rows(60), {"sqa": 5, "st": 100, "asr": 10})
+
+
+test_rows.__test__ = False  # the function under test is not a test
