@@ -2,14 +2,14 @@
 
 Every method computes the distances of B texts (8 to 40 tokens) and B utterances (20 to 120 tokens) and the gradient of
 their sum at the utterances; the texts need none, as in pretraining. The methods take turns, so that a busy machine slows
-all of them, and the fastest of several runs counts.
+all of them, and the fastest of equally many runs counts.
 
     ours            wasserstein_distance_matrix
     products alone  the matrix products that ours cannot do without, over valid tokens only
     GeomLoss loop   one SamplesLoss call for each pair, as the paper's code has it (with the diameter given)
     POT loop        one ot.emd2 call for each pair: exact transport, another quantity
     POT batch       ot.solve_batch: Sinkhorn for all pairs at once, padded, its last step differentiated
-    flash-sinkhorn  on a GPU, if the package is installed
+    flash-sinkhorn  one call for each pair, on a GPU, if the package is installed
 
 Peak memory is that of fresh processes (Linux, CPU: growth of the peak resident size during forward and backward) or of
 torch's allocator (GPU).
@@ -38,17 +38,18 @@ LARGEST_BATCH_SOLVE = 2e9  # bytes of one padded cost matrix of all pairs, times
 # (batch, dim, layers) -> times faster than the GeomLoss loop
 TARGETS = {(16, 576, 1): 25, (32, 576, 1): 35, (64, 576, 1): 45, (10, 4096, 1): 15, (16, 576, 7): 25}
 PRODUCTS_TARGET, COSINE_TARGET = 2.0, 3.0
+PAPER = (20, 4096, 7)  # batch, dim, layers
 Sides = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def random_sides(batch: int, dim: int, device: str, seed: int = 0) -> Sides:
+def random_sides(batch: int, dim: int, device: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Sides:
     """Texts of 8 to 40 tokens and utterances of 20 to 120, with their masks."""
     generator = torch.Generator().manual_seed(seed)
     sides = []
     for shortest, longest in ((8, 40), (20, 120)):
         lengths = torch.randint(shortest, longest + 1, (batch,), generator=generator)
         states = torch.randn(batch, int(lengths.max()), dim, generator=generator)
-        sides += [states.to(device), (torch.arange(states.shape[1]) < lengths[:, None]).to(device)]
+        sides += [states.to(device, dtype), (torch.arange(states.shape[1]) < lengths[:, None]).to(device)]
     return tuple(sides)
 
 
@@ -131,16 +132,12 @@ def seconds(run: Callable[[], None], device: str) -> float:
     return time.perf_counter() - start
 
 
-def fastest(methods: dict[str, Callable[[], None]], repeats: dict[str, int], device: str) -> dict[str, float]:
-    """The methods in turns. Each round of a slow method has several of the fast ones, as `repeats` says."""
-    times = {name: [] for name in methods}
+def fastest(methods: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, float]:
+    """Seconds of each method, which take turns."""
     for run in methods.values():
         run()  # warm-up
-    for turn in range(max(repeats.values())):
-        for name, run in methods.items():
-            if turn < repeats[name]:
-                times[name].append(seconds(run, device))
-    return {name: min(taken) for name, taken in times.items()}
+    times = [{name: seconds(run, device) for name, run in methods.items()} for _ in range(rounds)]
+    return {name: min(taken[name] for taken in times) for name in methods}
 
 
 def peak_megabytes(method: str, batch: int, dim: int, device: str) -> float:
@@ -176,30 +173,42 @@ def _report_growth(sender, name: str, batch: int, dim: int) -> None:
     sender.send((peak["VmHWM:"] - size["VmRSS:"]) * 1024 / 1e6)
 
 
-def measure(batch: int, dim: int, layers: int, device: str, quick: bool, everything: bool) -> dict:
-    sides = [random_sides(batch, dim, device, seed) for seed in range(layers)]
-    fast, slow = (3, 1) if quick else (20, 2)
+def measure(batch: int, dim: int, layers: int, device: str, dtype: torch.dtype, quick: bool) -> dict:
+    sides = [random_sides(batch, dim, device, seed, dtype) for seed in range(layers)]
     methods = {
         "ours": step(wasserstein_distance_matrix, sides),
         "products alone": products_alone(sides),
         "GeomLoss loop": step(GEOMLOSS, sides),
     }
-    notes = {}
-    if everything:
+    notes = {"GeomLoss loop": _deviation(GEOMLOSS, sides[0])}
+    if dtype == torch.float32:
         methods["POT loop"] = step(by_pair(emd2), sides)
         size = 4 * sides[0][0].shape[1] * sides[0][2].shape[1] * batch**2 * 100  # what 100 iterations may store
         if size <= LARGEST_BATCH_SOLVE:
             methods["POT batch"] = step(pot_batch, sides)
         else:
             notes["POT batch"] = f"skipped: it may store {size / 1e9:.0f} GB"
-        if device != "cpu":
-            flash = _flash_sinkhorn()
-            if flash is None:
-                notes["flash-sinkhorn"] = "skipped: not installed"
-            else:
-                methods["flash-sinkhorn"] = step(by_pair(flash), sides)
-    repeats = {name: fast if name in ("ours", "products alone") else slow for name in methods}
-    return {"batch": batch, "dim": dim, "layers": layers, "seconds": fastest(methods, repeats, device), "notes": notes}
+    if device != "cpu":
+        flash = _flash_sinkhorn()
+        if flash is None:
+            notes["flash-sinkhorn"] = "skipped: not installed"
+        else:
+            methods["flash-sinkhorn"] = step(by_pair(flash), sides)
+            notes["flash-sinkhorn"] = _deviation(by_pair(flash), sides[0])
+    times = fastest(methods, 1 if quick else 5, device)
+    ratios = {"products alone": ratio(times["ours"] / times["products alone"], PRODUCTS_TARGET, at_most=True)}
+    for name in methods.keys() - {"ours", "products alone"}:
+        # The targets are those of one thread of a CPU, in float32.
+        wanted = name == "GeomLoss loop" and device == "cpu" and dtype == torch.float32
+        ratios[name] = ratio(times[name] / times["ours"], TARGETS.get((batch, dim, layers)) if wanted else None)
+    return {"batch": batch, "dim": dim, "layers": layers, "dtype": str(dtype).removeprefix("torch."), "seconds": times,
+            "ratios": ratios, "notes": notes}  # fmt: skip
+
+
+def _deviation(method: Callable, sides: Sides) -> str:
+    with torch.no_grad():
+        found, ours = method(*sides).float(), wasserstein_distance_matrix(*sides).float()
+    return f"deviates from ours by {(found - ours).abs().max():.1e} at most"
 
 
 def _flash_sinkhorn() -> Callable | None:
@@ -207,36 +216,55 @@ def _flash_sinkhorn() -> Callable | None:
         from flash_sinkhorn import SamplesLoss as FlashLoss
     except ImportError:
         return None
-    return FlashLoss("sinkhorn", blur=BLUR, debias=True)
+    return FlashLoss(
+        "sinkhorn", blur=BLUR, debias=True, half_cost=True
+    )  # half of the squared distance, as GeomLoss's p=2
 
 
-def measure_cosine(batch: int, dim: int, layers: int, device: str, quick: bool) -> dict:
-    sides = [random_sides(batch, dim, device, seed) for seed in range(layers)]
+def measure_cosine(batch: int, dim: int, layers: int, device: str, dtype: torch.dtype, quick: bool) -> dict:
+    sides = [random_sides(batch, dim, device, seed, dtype) for seed in range(layers)]
     methods = {"ours": step(cosine_similarity_matrix, sides), "by sequence": step(cosine_by_sequence, sides)}
-    times = fastest(methods, dict.fromkeys(methods, 5 if quick else 30), device)
-    return {"batch": batch, "dim": dim, "layers": layers, "seconds": times}
+    times = fastest(methods, 5 if quick else 30, device)
+    ratios = {"by sequence": ratio(times["by sequence"] / times["ours"], COSINE_TARGET)}
+    return {"batch": batch, "dim": dim, "layers": layers, "seconds": times, "ratios": ratios, "notes": {}}
 
 
-def verdict(ratio: float, target: float, at_most: bool = False) -> str:
-    met = ratio <= target if at_most else ratio >= target
-    return f"{ratio:5.1f}x  (target {'<=' if at_most else '>='} {target:g}x: {'met' if met else 'NOT met'})"
+def ratio(value: float, target: float | None, at_most: bool = False) -> dict:
+    """How many times faster ours is; `at_most`: how many times as long it takes."""
+    found = {"value": value}
+    if target is not None:
+        found |= {"target": target, "at_most": at_most, "met": value <= target if at_most else value >= target}
+    return found
 
 
-def print_case(case: dict) -> None:
-    times, key = case["seconds"], (case["batch"], case["dim"], case["layers"])
-    print(f"\nB={key[0]} D={key[1]} layers={key[2]}")
-    for name, taken in times.items():
+def print_case(title: str, case: dict) -> None:
+    print(f"\n{title}B={case['batch']} D={case['dim']} layers={case['layers']}")
+    for name, taken in case["seconds"].items():
         line = f"  {name:16}{1e3 * taken:10.1f} ms"
-        if name == "products alone":
-            line += "   ours takes " + verdict(times["ours"] / taken, PRODUCTS_TARGET, at_most=True)
-        elif name == "GeomLoss loop" and key in TARGETS:
-            line += "   ours is    " + verdict(taken / times["ours"], TARGETS[key]) + " faster"
-        elif name != "ours":
-            line += f"   ours is    {taken / times['ours']:5.1f}x faster"
+        if found := case["ratios"].get(name):
+            line += f"   ours {'takes' if found.get('at_most') else 'is   '} {found['value']:5.1f}x"
+            line += "" if found.get("at_most") else " faster"
+            if "target" in found:
+                sign, met = "<=" if found["at_most"] else ">=", "met" if found["met"] else "NOT met"
+                line += f"  (target {sign} {found['target']:g}x: {met})"
         print(line)
     for name, note in case["notes"].items():
         print(f"  {name:16}{note}")
     sys.stdout.flush()
+
+
+def measure_memory(batch: int, dim: int, device: str) -> dict:
+    """Peaks in MB, against the target: the loop's and one cost matrix."""
+    peaks = {name: peak_megabytes(name, batch, dim, device) for name in MEASURED}
+    text_mask, speech_mask = random_sides(batch, dim, "cpu")[1::2]
+    cost_matrix = 4 * int(text_mask.sum()) * int(speech_mask.sum()) / 1e6
+    allowed = peaks["GeomLoss loop"] + cost_matrix
+    met = peaks["ours"] <= allowed
+    print(
+        f"  peak memory     ours {peaks['ours']:.1f} MB, GeomLoss loop {peaks['GeomLoss loop']:.1f} MB, one cost matrix "
+        f"{cost_matrix:.1f} MB  (target <= {allowed:.1f} MB: {'met' if met else 'NOT met'})"
+    )
+    return {**peaks, "one cost matrix": cost_matrix, "target": allowed, "met": met}
 
 
 def installed(package: str) -> str | None:
@@ -253,56 +281,55 @@ def main(arguments: list[str] | None = None) -> dict:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="For figures to compare: OMP_NUM_THREADS=1, on a core that has nothing else to do.",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write times, ratios, machine and versions")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--quick", action="store_true", help="the smallest case only, few repetitions")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE.json",
+        default=Path("runs/benchmarks/contrastive_loss.json"),
+        help="where times, ratios, machine and versions go (default: %(default)s)",
+    )
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of the states (default: bfloat16 on a GPU, else float32)"
+    )
+    parser.add_argument("--quick", action="store_true", help="the smallest case only, one round")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch on CPUs (default: 1)")
     parser.add_argument(
         "--cases",
         nargs="+",
         metavar="B,D,LAYERS",
-        help=f"which cases (default: {' '.join(','.join(map(str, case)) for case in TARGETS)})",
+        help=f"which cases (default: {' '.join(','.join(map(str, case)) for case in TARGETS)}; on a GPU the paper's, "
+        f"{','.join(map(str, PAPER))}, as well)",
     )
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    cases = [tuple(map(int, case.split(","))) for case in options.cases] if options.cases else list(TARGETS)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, options.dtype or ("float32" if device == "cpu" else "bfloat16"))
+    cases = [*TARGETS, *([PAPER] if device != "cpu" else [])]
+    if options.cases:
+        cases = [tuple(map(int, case.split(","))) for case in options.cases]
     if options.quick and not options.cases:
         cases = cases[:1]
 
     result = {
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s)",
-        "device": torch.cuda.get_device_name() if options.device != "cpu" else "cpu",
+        "device": torch.cuda.get_device_name() if device != "cpu" else "cpu",
         "versions": {name: installed(name) for name in ("torch", "geomloss", "POT", "flash-sinkhorn", "numpy")},
         "settings": dict(blur=BLUR, scaling=0.5, diameter=2.0, text_tokens=[8, 40], speech_tokens=[20, 120]),
         "wasserstein": [],
     }
-    for number, (batch, dim, layers) in enumerate(cases):
-        case = measure(batch, dim, layers, options.device, options.quick, everything=number == 0)
+    for batch, dim, layers in cases:
+        case = measure(batch, dim, layers, device, dtype, options.quick)
+        print_case("", case)
+        if layers == 1 and (device != "cpu" or sys.platform == "linux"):
+            case["peak_megabytes"] = measure_memory(batch, dim, device)
         result["wasserstein"].append(case)
-        print_case(case)
+    result["cosine"] = measure_cosine(16, 576, 7, device, dtype, options.quick)
+    print_case("cosine, ", result["cosine"])
 
-    result["cosine"] = case = measure_cosine(16, 576, 7, options.device, options.quick)
-    times = case["seconds"]
-    print(f"\ncosine, B=16 D=576 layers=7\n  ours            {1e3 * times['ours']:10.1f} ms")
-    print(f"  by sequence     {1e3 * times['by sequence']:10.1f} ms   ours is    ", end="")
-    print(verdict(times["by sequence"] / times["ours"], COSINE_TARGET), "faster")
-
-    if options.device != "cpu" or sys.platform == "linux":
-        batch, dim, _ = cases[0]
-        peaks = {name: peak_megabytes(name, batch, dim, options.device) for name in MEASURED}
-        text_mask, speech_mask = random_sides(batch, dim, "cpu")[1::2]
-        cost_matrix = 4 * int(text_mask.sum()) * int(speech_mask.sum()) / 1e6
-        result["peak_megabytes"] = {"batch": batch, "dim": dim, "one cost matrix": cost_matrix, **peaks}
-        allowed = peaks["GeomLoss loop"] + cost_matrix
-        print(
-            f"\npeak memory, B={batch} D={dim}: ours {peaks['ours']:.1f} MB, GeomLoss loop {peaks['GeomLoss loop']:.1f} MB, "
-            f"one cost matrix {cost_matrix:.1f} MB  (target <= {allowed:.1f} MB: "
-            f"{'met' if peaks['ours'] <= allowed else 'NOT met'})"
-        )
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=2) + "\n")
-        print(f"\nWritten to {options.output}")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"\nWritten to {options.output}")
     return result
 
 
