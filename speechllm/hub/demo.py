@@ -58,6 +58,18 @@ figure.alignment figcaption {{ margin-bottom: 0.4em; }}
 figure.alignment svg {{ display: block; width: 100%; max-width: 560px; height: auto; }}
 :focus-visible {{ outline: 2px solid var(--plot-blue) !important; outline-offset: 2px; }}
 """
+# Gradio puts every radio button into a group of its own, so that arrow keys do not lead from one to the next.
+ARROW_KEYS = """
+() => document.addEventListener("keydown", event => {
+    const step = {ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1}[event.key];
+    if (!step || !event.target.closest("#task")) return;
+    event.preventDefault();
+    const tasks = [...document.querySelectorAll("#task input")];
+    const next = tasks.at((tasks.indexOf(event.target) + step) % tasks.length);
+    next.focus();
+    next.click();
+})
+"""
 
 
 class DemoError(ValueError):
@@ -241,7 +253,7 @@ def demo_page(demo: Demo, name: str) -> gr.Blocks:
                     elem_id="recording",
                 )
             with gr.Column(min_width=300):
-                task = gr.Radio(list(TASKS), value="Transcribe", label="Task")
+                task = gr.Radio(list(TASKS), value="Transcribe", label="Task", elem_id="task")
                 language = gr.Textbox("German", label="Into which language?", max_lines=1, visible=False)
                 question = gr.Textbox(
                     label="Question", placeholder="What is the speaker asking for?", max_lines=3, visible=False
@@ -277,6 +289,7 @@ def demo_page(demo: Demo, name: str) -> gr.Blocks:
             with gr.Column(min_width=300):
                 plan = gr.HTML(elem_id="plan")
 
+        page.load(None, js=ARROW_KEYS)
         request = gr.State(None, time_to_live=KEPT)
         hidden = dict(api_visibility="private")  # a page for people; programs have the server and the pipeline
         model_runs = dict(hidden, concurrency_id="model", concurrency_limit=1)
@@ -383,7 +396,7 @@ def launch_demo(
         _, address, _ = page.launch(
             server_name=host,
             server_port=port,
-            max_file_size=int(max_upload_mb * 1e6),
+            max_file_size=int(max_upload_mb * 2**20),  # the page tells it in these
             theme=gr.themes.Default(
                 primary_hue="blue", neutral_hue="slate", font=FONTS, font_mono=["ui-monospace", "monospace"]
             ),

@@ -25,9 +25,9 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def recordings(tmp_path_factory):
-    """Files to upload: two that can be used, one too long, one that is no audio."""
+    """Files to upload: two that can be used, one too long, one too large, one that is no audio."""
     folder = tmp_path_factory.mktemp("recordings")
-    for name, seconds in (("good", 1.5), ("other", 1.0), ("long", 11.0)):
+    for name, seconds in (("good", 1.5), ("other", 1.0), ("long", 11.0), ("large", 90.0)):
         soundfile.write(folder / f"{name}.wav", tone(seconds, seed=len(name)), 16_000)
     (folder / "bad.wav").write_bytes(b"This is a letter, not a recording. " * 40)
     return folder
