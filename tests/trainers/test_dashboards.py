@@ -111,6 +111,7 @@ def test_trackio_shows_layers_and_figures(tmp_path, monkeypatch):
 def test_wandb_shows_layers_and_figures(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb", reason="needs W&B: pip install wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     trainer = pretrained(tmp_path, report_to="wandb", run_name="run")
     summary = dict(wandb.run.summary)
