@@ -114,14 +114,14 @@ def timed(function, audio: bytes) -> float:
     return time.perf_counter() - begin
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint folder")
     parser.add_argument("--tokens", type=int, default=16, help="of each answer")
     parser.add_argument("--seconds", type=float, default=3.0, help="of each utterance")
     parser.add_argument("--requests", type=int, default=8, help="per client count; 32 with 16 clients at least")
     parser.add_argument("--output", default="serving.json")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
 
     with tempfile.TemporaryDirectory() as folder:
         model = without_end_of_turn(options.model, Path(folder))
