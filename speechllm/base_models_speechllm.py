@@ -3,13 +3,14 @@
 A projector-only checkpoint names its speech encoder and its LLM by repository id or folder and pins each to a revision:
 a commit, or a fingerprint of a folder's weights. Loading goes through Transformers' own loaders, so every renaming or
 fusing that a base model needs happens, and raises a `CheckpointError` if a weight is missing or is not the pinned one.
+Only safetensors are read: opening a pickled `.bin` can run any code, so it is refused with the way to convert it.
 """
 
 import copy
 import hashlib
 import json
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from safetensors import SafetensorError
 from transformers import AddedToken, AutoModel, AutoModelForCausalLM, GenerationConfig
 from transformers.models.whisper.modeling_whisper import WhisperModel
 from transformers.quantizers import AutoQuantizationConfig
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .configuration_speechllm import AUDIO_TOKEN, SpeechLLMConfig
@@ -44,13 +45,23 @@ class CheckpointError(OSError):
 
 
 @contextmanager
-def explained(what: str, remedy: str):
-    """Turn a loader's failure into one sentence: what could not be loaded, why, what to do."""
+def explained(what: str, remedy: str, weights_of: str | os.PathLike | None = None, **hub: Any):
+    """Turn a loader's failure into one sentence: what could not be loaded, why, what to do.
+
+    Args:
+        weights_of: folder or Hub id (with `hub`, its `revision`) whose weights are loaded, and may be pickled.
+    """
     try:
         yield
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, SafetensorError) as error:
+        found = None
+        if weights_of is not None:
+            with suppress(OSError, ValueError):  # a place that cannot be looked at is what the loader complains of
+                found = pickled_only(weights_of, **hub)
+        if found:
+            raise CheckpointError(_way_to_convert(what, found)) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"Cannot load {what}: {reason} {remedy}".strip()) from error
 
@@ -88,6 +99,41 @@ def optional_file(model: str | os.PathLike, name: str, subfolder: str = "", **hu
             f"Cannot tell whether {model} has a file {path}: the Hub cannot be asked ({status}). Try again later, or set "
             "HF_HUB_OFFLINE=1 to do with the files that are in the cache."
         ) from error
+
+
+def pickled_only(
+    model: str | os.PathLike, weights: str = SAFE_WEIGHTS_NAME, pickled: str = WEIGHTS_NAME, **hub: Any
+) -> str | None:
+    """The name of a checkpoint's pickled weights, if it has such and no safetensors."""
+
+    def first(name: str) -> str | None:
+        names = (name, f"{name}.index.json")
+        return next((name for name in names if optional_file(model, name, **hub) is not None), None)
+
+    return None if first(weights) else first(pickled)
+
+
+def refuse_pickled(model: str | os.PathLike, what: str, *names: str, **hub: Any) -> None:
+    """Raise if the weights of `what` are pickled only.
+
+    Args:
+        names: of the weights' file and of its pickled kind, where they are not Transformers' own.
+
+    Raises:
+        CheckpointError: which says how to convert them.
+    """
+    if found := pickled_only(model, *names, **hub):
+        raise CheckpointError(_way_to_convert(what, found))
+
+
+def _way_to_convert(what: str, found: str) -> str:
+    stem = found.removesuffix(".index.json").removesuffix(".bin")
+    return (
+        f"Cannot load {what}: its weights ({found}) are pickled, and opening them can run any code; only safetensors are "
+        "read. If you trust their origin, convert them in their folder once: safetensors.torch.save_file({name: tensor."
+        f"contiguous().clone() for file in glob.glob('{stem}*.bin') for name, tensor in torch.load(file, weights_only="
+        f"True).items()}}, '{stem.replace('pytorch_model', 'model')}.safetensors', metadata={{'format': 'pt'}})"
+    )
 
 
 def add_audio_token(tokenizer) -> int:
@@ -152,7 +198,8 @@ def base_weights(config: SpeechLLMConfig, dtype: torch.dtype) -> dict[str, torch
                     f"{revision[:19]}...). Restore the original files, or train again on the new ones."
                 )
         options = {"dtype": dtype, "revision": hub_revision(base), **LOADING}
-        with explained(what, remedy="Check the id or path and the network; see `base_models` in config.json."):
+        remedy = "Check the id or path and the network; see `base_models` in config.json."
+        with explained(what, remedy, weights_of=base["id"], revision=options["revision"]):
             if name == "text":
                 model, info = AutoModelForCausalLM.from_pretrained(base["id"], **options)
                 prefix = f"{model.base_model_prefix}."

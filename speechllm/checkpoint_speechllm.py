@@ -6,7 +6,8 @@ names the frozen encoder and LLM and pins them to revisions. Loading takes those
 
 1. Nothing is ever initialised at random behind the user's back: a tensor that is missing or has another shape, a base
    model that cannot be found or has changed since, is a `CheckpointError` that names it.
-2. Only safetensors are read and written. A folder is complete or untouched: files are written beside it, then moved.
+2. Weights are read and written as safetensors only; pickled ones are refused with the way to convert them. A folder is
+   complete or untouched: files are written beside it, then moved.
 """
 
 import json
@@ -21,15 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
-from transformers.utils import (
-    GENERATION_CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
-    logging,
-)
-from transformers.utils.hub import cached_file
+from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from .base_models_speechllm import (
     LOADING,
@@ -42,6 +35,7 @@ from .base_models_speechllm import (
     optional_file,
     pin_revision,
     refuse_incomplete,
+    refuse_pickled,
 )
 from .configuration_speechllm import SpeechLLMConfig, SpeechLLMProjectorConfig
 from .pushing_speechllm import (
@@ -69,6 +63,7 @@ HUB_FILES = (
     "projector_speechllm.py",
     "pushing_speechllm.py",
 )
+PICKLED_ADAPTER_WEIGHTS = "adapter_model.bin"
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -171,7 +166,7 @@ class SpeechLLMCheckpointMixin(SpeechLLMPushMixin):
             if model.can_generate() and optional_file(path, GENERATION_CONFIG_NAME, **hub) is not None:
                 model.generation_config = GenerationConfig.from_pretrained(path, **hub)
         else:
-            refuse_pickled(path, **hub)
+            refuse_pickled(path, f"the checkpoint {path}", **hub)
             with explained(f"the checkpoint {path}", remedy="Download or save it again."):
                 model, info = super().from_pretrained(path, *args, config=config, **{**rest, **hub, **LOADING})
             refuse_incomplete(info, f"The checkpoint {path}")
@@ -181,7 +176,8 @@ class SpeechLLMCheckpointMixin(SpeechLLMPushMixin):
         model.loaded_from = {name: hub[name] for name in ("revision", "subfolder") if name in hub}
         subfolder = "/".join(filter(None, [hub.pop("subfolder", ""), ADAPTER_FOLDER]))
         if (adapter := optional_file(path, ADAPTER_CONFIG, subfolder=subfolder, **hub)) is not None:
-            cached_file(path, ADAPTER_WEIGHTS, subfolder=subfolder, **hub)
+            names = (ADAPTER_WEIGHTS, PICKLED_ADAPTER_WEIGHTS)
+            refuse_pickled(path, f"the adapter of {path}", *names, subfolder=subfolder, **hub)
             model.load_trained_adapter(Path(adapter).parent)
         return (model, info) if output_loading_info else model
 
@@ -396,24 +392,6 @@ def replaced_folder(folder: str | os.PathLike):
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def refuse_pickled(path: str | os.PathLike, **hub: Any) -> None:
-    """Raise if a checkpoint's weights are pickled (`.bin`) only: opening such a file can run any code.
-
-    Raises:
-        CheckpointError: which says how to convert them.
-    """
-
-    def first(*names: str) -> str | None:
-        return next((name for name in names if optional_file(path, name, **hub) is not None), None)
-
-    if not first(SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME) and (found := first(WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
-        raise CheckpointError(
-            f"Cannot load the checkpoint {path}: its weights ({found}) are pickled, and opening them can run any code; only "
-            "safetensors are read. If you trust their origin, convert each .bin file once: safetensors.torch.save_file("
-            f"torch.load('{WEIGHTS_NAME}', weights_only=True), '{SAFE_WEIGHTS_NAME}', metadata={{'format': 'pt'}})"
-        )
 
 
 def copy_hub_files(folder: str | os.PathLike) -> None:

@@ -1,7 +1,8 @@
 """`model.push_to_hub(...)`: a checkpoint that others can load, as one commit on the Hub.
 
 What is pushed names nothing of this machine: a projector-only checkpoint whose encoder or LLM is a folder here is refused,
-and a full one forgets where they came from.
+and a full one forgets where they came from. The card is the one that the model came with, made to speak of the new
+repository, or, where it came without one (as from a trainer) and the package is installed, a new one.
 """
 
 import glob
@@ -19,10 +20,17 @@ from .base_models_speechllm import CheckpointError, optional_file
 
 PROJECTOR_WEIGHTS = "projector.safetensors"
 ADAPTER_FOLDER, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
-COMPANIONS = (
-    "README.md",
-    "training_summary.json",
-)  # what travels with a checkpoint besides weights, code and processor
+CARD, SUMMARY = "README.md", "training_summary.json"
+# What a card says of the repository's kind of weights: the Hub's `base_model_relation`, and a sentence.
+KIND_IN_CARD = {
+    "projector": (
+        "adapter",
+        "This repository holds the trained weights only; the speech encoder and the LLM are fetched from their own "
+        "repositories, at\nthe commits they are pinned to.",
+    ),
+    "full": ("finetune", "This repository holds all weights."),
+}
+SHOWN_IN_CARD = re.compile(r"\b(?:images|examples)/[^\n\"'()\[\]/]+")
 
 
 class SpeechLLMPushMixin:
@@ -43,8 +51,9 @@ class SpeechLLMPushMixin:
         create_pr: bool = False,
         max_shard_size: int | str = "5GB",
     ):
-        """Upload the checkpoint with its processor and, where the folder or repository that it was loaded from has them,
-        its card and training summary. (`speechllm publish` writes a card.)
+        """Upload the checkpoint with its processor, its training summary, and a card with the plots and recordings that
+        it shows. A card that the model came with stays as it was, but for this repository's name and kind of weights;
+        else one is written, for which the package must be installed.
 
         Args:
             kind: see `save_pretrained`.
@@ -66,13 +75,48 @@ class SpeechLLMPushMixin:
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, kind=kind, max_shard_size=max_shard_size)
             processor.save_pretrained(folder)
-            for name in COMPANIONS if source else ():
-                if (path := optional_file(source, name, **self.loaded_from)) is not None:
-                    shutil.copyfile(path, Path(folder) / name)
+            self._bring(SUMMARY, folder)
             forget_this_machine(folder)
             api = HfApi(token=token)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            self._add_card(Path(folder), repo_id)
             return upload_checkpoint(api, folder, repo_id, commit_message, revision, create_pr)
+
+    def _bring(self, name: str, folder: str | Path) -> bool:
+        """Copy a file from where the model was loaded; whether it was there."""
+        source = self.name_or_path
+        path = optional_file(source, name, **self.loaded_from) if source else None
+        if path is not None:
+            (Path(folder) / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, Path(folder) / name)
+        return path is not None
+
+    def _add_card(self, folder: Path, repo_id: str) -> None:
+        if self._bring(CARD, folder):
+            card = (folder / CARD).read_text()
+            for name in sorted(set(SHOWN_IN_CARD.findall(card))):
+                self._bring(name, folder)
+            kind = "projector" if (folder / PROJECTOR_WEIGHTS).is_file() else "full"
+            (folder / CARD).write_text(card_for(repo_id, kind, card))
+            return
+        try:
+            from speechllm.hub.card import write_card
+        except ImportError:  # this code came with a checkpoint, and the package, which can write cards, is not here
+            return
+        summary = json.loads((folder / SUMMARY).read_text()) if (folder / SUMMARY).is_file() else {}
+        write_card(folder, repo_id, summary, self.config.base_models or summary.get("base_models", {}))
+
+
+def card_for(repo_id: str, kind: str, card: str) -> str:
+    """A repository's card as that of another one, with perhaps another kind of weights (`"projector"` or `"full"`)."""
+    if named := re.search(r'from_pretrained\("([^"\n]+)", trust_remote_code', card):
+        card = re.sub(rf"(?<![\w.-]){re.escape(named[1])}(?![\w-]|\.\w)", repo_id, card)
+    card = re.sub(r"(?m)^(model-index:\n- name: |model_name: ).*$", rf"\g<1>{repo_id.rpartition('/')[2]}", card)
+    relation, sentence = KIND_IN_CARD[kind]
+    for old_relation, old_sentence in KIND_IN_CARD.values():
+        card = card.replace(old_sentence, sentence)
+        card = card.replace(f"\nbase_model_relation: {old_relation}\n", f"\nbase_model_relation: {relation}\n")
+    return card
 
 
 def upload_checkpoint(

@@ -204,10 +204,35 @@ def test_base_models_without_safetensors_or_with_a_tensor_less_are_refused(bases
     edit_tensors(file, lambda tensors: tensors.pop(gone))
     with pytest.raises(CheckpointError, match=f"lacks 1 tensor.*{gone.split('.', 2)[-1]}"):
         SpeechLLMForConditionalGeneration.from_speech_text_pretrained(speech, text, **PROJECTOR)
-    torch.save(load_file(bases / part / "model.safetensors"), tmp_path / part / "pytorch_model.bin")
     file.unlink()
-    with pytest.raises(CheckpointError, match="safetensors"):
+    with pytest.raises(CheckpointError, match="Cannot load the frozen .* model .*Check the id or path"):
         SpeechLLMForConditionalGeneration.from_speech_text_pretrained(speech, text, **PROJECTOR)
+
+
+@pytest.mark.parametrize("part", ["whisper", "llama-tied"])
+def test_pickled_base_models_are_refused_with_the_way_to_convert(bases, tmp_path, monkeypatch, part):
+    """And the way works, also where tensors share their memory, as tied embeddings do in a `.bin`."""
+    speech, text = (tmp_path / part, bases / "gpt2") if part == "whisper" else (bases / "hubert", tmp_path / part)
+    shutil.copytree(bases / part, tmp_path / part)
+    tensors = load_file(tmp_path / part / "model.safetensors")
+    if part == "llama-tied":
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    torch.save(tensors, tmp_path / part / "pytorch_model.bin")
+    (tmp_path / part / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=rf"model '.*{part}'.*pytorch_model.bin.* are pickled.*convert") as error:
+        SpeechLLMForConditionalGeneration.from_speech_text_pretrained(speech, text, **PROJECTOR)
+    convert(error.value, tmp_path / part, monkeypatch)
+    model = SpeechLLMForConditionalGeneration.from_speech_text_pretrained(speech, text, **PROJECTOR)
+    body = model.model.speech_encoder if part == "whisper" else model.model.language_model
+    name, prefix = ("conv1.weight", "model.encoder.") if part == "whisper" else ("embed_tokens.weight", "model.")
+    assert torch.equal(body.get_parameter(name), tensors[prefix + name])
+
+
+def convert(error, folder, monkeypatch):
+    """Do what the refusal of a pickled file says."""
+    with monkeypatch.context() as patch:
+        patch.chdir(folder)
+        exec(f"import glob, safetensors.torch, torch; {str(error).rpartition('once: ')[2]}")
 
 
 def test_a_whisper_without_a_decoder_will_do(bases, tmp_path):
@@ -497,8 +522,23 @@ def test_a_damaged_adapter_is_refused(bases, tmp_path):
     with pytest.raises(CheckpointError, match="Cannot load the adapter"):
         SpeechLLMForConditionalGeneration.from_pretrained(tmp_path)
     file.unlink()
-    with pytest.raises(OSError, match="adapter_model.safetensors"):
+    with pytest.raises(CheckpointError, match="adapter_model.safetensors"):
         SpeechLLMForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_a_pickled_adapter_is_refused_with_the_way_to_convert(bases, tmp_path, monkeypatch):
+    """And the way works."""
+    with_lora(new_model(bases), "add_adapter").save_pretrained(tmp_path)
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    weights = load_file(file)
+    torch.save(weights, tmp_path / "adapter/adapter_model.bin")
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"the adapter of .*adapter_model.bin.* are pickled.*convert") as error:
+        SpeechLLMForConditionalGeneration.from_pretrained(tmp_path)
+    convert(error.value, tmp_path / "adapter", monkeypatch)
+    again = load_file(file)
+    assert again.keys() == weights.keys() and all(torch.equal(again[name], weights[name]) for name in weights)
+    SpeechLLMForConditionalGeneration.from_pretrained(tmp_path)
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCTC, AutoProcessor, Wav2Vec2CTCTokenizer
 
 from ..audio_speechllm import AudioError, load_audio
+from ..base_models_speechllm import explained
 from ..configuration_speechllm import SAMPLING_RATE
 from .schema import ManifestError, Row, SetAside, load_rows, located_audio
 
@@ -105,7 +106,9 @@ class ForcedAligner:
             raise ValueError(
                 f"{model} has no tokenizer beside its feature extractor. Give a CTC model for recognition."
             )
-        self.model = AutoModelForCTC.from_pretrained(model, dtype=torch.float32).to(self.device).eval()
+        with explained(f"the recogniser {model!r}", "Check the id or path and the network.", weights_of=model):
+            loaded = AutoModelForCTC.from_pretrained(model, dtype=torch.float32, use_safetensors=True)
+        self.model = loaded.to(self.device).eval()
         self.blank = self.model.config.pad_token_id  # as in the CTC loss of Transformers
         tokenizer = self.processor.tokenizer
         self.by_character = isinstance(tokenizer, Wav2Vec2CTCTokenizer)

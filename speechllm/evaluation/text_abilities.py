@@ -44,12 +44,15 @@ def compare_text_abilities(
     if base is None:
         return {"identical": None, "reason": "The checkpoint does not say which LLM it was made from (`base_models`)."}
     local = (base["revision"] or "").startswith("sha256:")
-    with explained(f"the base LLM {base['id']!r}", remedy="Put it back where the checkpoint names it."):
+    revision = None if local else base["revision"]
+    remedy = "Put it back where the checkpoint names it."
+    with explained(f"the base LLM {base['id']!r}", remedy, weights_of=base["id"], revision=revision):
         if local and pin_revision(base["id"], None) != base["revision"]:
             raise ValueError("its weights have changed since the checkpoint was made.")
         bare = AutoModelForCausalLM.from_pretrained(
             base["id"],
-            revision=None if local else base["revision"],
+            revision=revision,
+            use_safetensors=True,
             dtype=model.get_input_embeddings().weight.dtype,
             attn_implementation=model.model.language_model.config._attn_implementation,
         )

@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HTTPError
 
-from ..pushing_speechllm import is_local
+from ..pushing_speechllm import KIND_IN_CARD, is_local
 from .inspection import describe_checkpoint
 
 
@@ -61,6 +61,7 @@ def write_card(
     published = [base["id"] for base in bases.values() if not is_local(base)]
     codes = {source["language"] for stage in stages for source in stage["data"] if source.get("language")}
     results = eval_results(stages[-1]) if stages else []
+    relation, sentence = KIND_IN_CARD["projector" if description["kind"] == "projector-only" else "full"]
     examples = {path.stem: f"examples/{path.name}" for path in sorted((folder / "examples").glob("*"))}
     data = ModelCardData(
         language=list(languages) or sorted(code for code in codes if re.fullmatch("[a-z]{2,3}", code)) or None,
@@ -69,9 +70,7 @@ def write_card(
         pipeline_tag="audio-text-to-text",
         tags=TAGS,
         base_model=published or None,
-        base_model_relation=("adapter" if description["kind"] == "projector-only" else "finetune")
-        if published
-        else None,
+        base_model_relation=relation if published else None,
         datasets=hub_datasets(stages) or None,
         widget=[{"example_title": title, "src": src} for title, src in (examples or SAMPLES).items()],
         co2_eq_emissions=emissions(stages),
@@ -85,6 +84,7 @@ def write_card(
         repo_id=repo_id,
         languages=data.language or [],
         description=description,
+        holds=sentence,
         bases=bases,
         stages=stages,
         recall_plot=RECALL_PLOT if draw_recall(folder, stages) else None,

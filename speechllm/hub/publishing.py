@@ -17,8 +17,8 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..base_models_speechllm import base_weights
-from ..checkpoint_speechllm import ADAPTER_FOLDER, PROJECTOR_WEIGHTS, copy_hub_files, refuse_pickled
+from ..base_models_speechllm import base_weights, refuse_pickled
+from ..checkpoint_speechllm import ADAPTER_FOLDER, PROJECTOR_WEIGHTS, copy_hub_files
 from ..configuration_speechllm import SpeechLLMConfig
 from ..modeling_speechllm import SpeechLLMForConditionalGeneration
 from ..processing_speechllm import SpeechLLMProcessor
@@ -72,7 +72,7 @@ def prepare_folder(
         raise PublishingError(f"{target} exists and is not an empty folder. Choose another, or remove it.")
     is_projector_only = (model / PROJECTOR_WEIGHTS).is_file()
     if not is_projector_only:
-        refuse_pickled(model)
+        refuse_pickled(model, f"the checkpoint {model}")
     config = SpeechLLMConfig.from_pretrained(model)
     kind = "full" if merge_lora else kind
     if kind == "projector":

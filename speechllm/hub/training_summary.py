@@ -22,9 +22,9 @@ import torch
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
 from ..base_models_speechllm import optional_file
+from ..pushing_speechllm import SUMMARY
 
 
-SUMMARY = "training_summary.json"
 LIBRARIES = ("speechllm", "torch", "transformers", "accelerate", "peft", "datasets")
 # Settings that are always listed; others of this package's own are where they differ from the default.
 SETTINGS = (

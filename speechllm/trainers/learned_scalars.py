@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
@@ -22,7 +23,7 @@ from ..checkpoint_speechllm import CheckpointError
 from ..objectives.gathering import several_processes
 
 
-FILE = "loss_scalars.pt"
+FILE = "loss_scalars.safetensors"
 LOWEST_TEMPERATURE = 0.01
 LARGEST_WEIGHT = 10.0
 
@@ -80,18 +81,26 @@ class LearnedScalars(TrainerCallback):
         self.optimizer.zero_grad()
 
     def save(self, folder: str) -> None:
-        values = {name: parameter.detach().cpu() for name, parameter in self.parameters.items()}
-        torch.save({"values": values, "optimizer": self.optimizer.state_dict()}, Path(folder) / FILE)
+        """The scalars under their names, and under `name.` each one's tensors in the optimiser."""
+        tensors = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            tensors |= {f"{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
+        save_file(tensors, Path(folder) / FILE)
 
     def load(self, folder: str) -> None:
         path = Path(folder) / FILE
-        saved = torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else {"values": {}}
-        if saved["values"].keys() != self.parameters.keys():
+        saved = load_file(path) if path.is_file() else {}
+        found = {name for name in saved if "." not in name}
+        if found != self.parameters.keys():
             raise CheckpointError(
-                f"{folder} holds the learned scalars {sorted(saved['values'])}, but the settings ask for "
+                f"{folder} holds the learned scalars {sorted(found)}, but the settings ask for "
                 f"{sorted(self.parameters)}. Resume with the settings of that run, or begin a new one."
             )
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(saved["values"][name])
-        self.optimizer.load_state_dict(saved["optimizer"])
+                parameter.copy_(saved[name])
+        state = self.optimizer.state_dict()
+        for number, name in enumerate(self.parameters):
+            own = {key.removeprefix(f"{name}."): value for key, value in saved.items() if key.startswith(f"{name}.")}
+            state["state"] |= {number: own} if own else {}
+        self.optimizer.load_state_dict(state)

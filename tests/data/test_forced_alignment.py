@@ -16,6 +16,7 @@ from transformers import (
     Wav2Vec2Processor,
 )
 
+from speechllm.base_models_speechllm import CheckpointError
 from speechllm.cli import main
 from speechllm.data.forced_alignment import (
     AlignmentError,
@@ -106,6 +107,18 @@ def test_random_model_end_to_end(tmp_path):
     assert words == aligner(waveform, "BAD ABC 1984 CAFE, FED") or [w["start"] for w in words] == [
         w["start"] for w in aligner(waveform, "BAD ABC 1984 CAFE, FED")
     ]
+
+
+def test_a_pickled_recogniser_is_refused_with_the_way_to_convert(tmp_path, monkeypatch):
+    """And the way works."""
+    model, _ = recogniser(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"the recogniser '.*pytorch_model.bin.* are pickled.*convert") as error:
+        ForcedAligner(str(tmp_path), "cpu")
+    monkeypatch.chdir(tmp_path)
+    exec(f"import glob, safetensors.torch, torch; {str(error.value).rpartition('once: ')[2]}")
+    assert torch.equal(ForcedAligner(str(tmp_path), "cpu").model.lm_head.weight, model.lm_head.weight)
 
 
 @pytest.mark.parametrize(("letters", "word", "expected"), [

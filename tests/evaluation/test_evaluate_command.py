@@ -13,15 +13,21 @@ import soundfile
 import torch
 import torch.multiprocessing
 from accelerate.state import AcceleratorState
+from test_metrics_comet import python as comet_python  # noqa: F401 (a fixture)
 from tiny import enliven, tone
 from tiny_training import fine_tuning, save_base_models, tiny_rows
 from transformers import AutoModelForCausalLM
 
 from speechllm import CheckpointError, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+from speechllm.base_models_speechllm import pin_revision
 from speechllm.cli import main
+from speechllm.evaluation import generation
 from speechllm.evaluation.text_abilities import compare_text_abilities, first_difference
 
 
+# Where sclite's alignment, which prefers words found right, has an error more than the fewest.
+REFERENCE, HYPOTHESIS = "b b b a a c a", "a c a b c"
+LEVENSHTEIN, SCLITE = [12, 8, 0, 28], [0, 16, 8, 28]  # of four utterances
 SMALL = dict(hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=48)
 
 
@@ -66,6 +72,53 @@ def test_the_command_writes_predictions_metrics_and_report(folder, tmp_path, cap
     assert metrics["model"]["name"] == str(folder / "model")
     assert metrics["data"]["sources"] == [str(folder / "data.jsonl")]
     assert (tmp_path / "out" / "report.html").stat().st_size > 5_000
+
+
+def answering(monkeypatch, text):
+    monkeypatch.setattr(generation, "generate_texts", lambda *a: [(text, True) for _ in a[2]["rows"]])
+
+
+def test_errors_are_counted_by_sclites_alignment_on_request(folder, tmp_path, monkeypatch, capsys):
+    rows = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    lines = [json.dumps({**row, "audio": str(folder / row["audio"]), "text": REFERENCE}) for row in rows]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    answering(monkeypatch, HYPOTHESIS)
+    found = {}
+    for alignment in ("levenshtein", "sclite"):
+        arguments = command(folder, tmp_path / alignment, "--tasks", "asr", "--error_alignment", alignment)
+        arguments[arguments.index("--data") + 1] = str(tmp_path / "data.jsonl")
+        assert main(arguments) == 0
+        metrics = json.loads((tmp_path / alignment / "metrics.json").read_text())
+        assert metrics["scoring"]["error_alignment"] == alignment
+        found[alignment] = metrics["tasks"]["asr"]["metrics"]
+    names = ("substitutions", "deletions", "insertions", "reference_words")
+    assert [found["levenshtein"][name] for name in names] == LEVENSHTEIN
+    assert [found["sclite"][name] for name in names] == SCLITE
+    assert found["sclite"]["wer"] == pytest.approx(sum(SCLITE[:3]) / SCLITE[3])
+    assert main([*arguments, "--error_alignment", "dtw"]) == 2
+    assert "use levenshtein or sclite" in capsys.readouterr().err
+
+
+def test_every_metric_and_comet_are_tested_against_a_baseline(folder, tmp_path, monkeypatch, capsys, comet_python):  # noqa: F811
+    (tmp_path / "model.ckpt").touch()
+    comet = ["--comet", "--comet_python", comet_python, "--comet_model", tmp_path / "model.ckpt", "--comet_gpus", "2"]
+    options = [*map(str, comet), "--tasks", "st"]
+    answering(monkeypatch, "eins")
+    assert main(command(folder, tmp_path / "a", *options)) == 0
+    answering(monkeypatch, "eins zwei")
+    assert main(command(folder, tmp_path / "b", *options, "--baseline", str(tmp_path / "a"))) == 0
+    printed = capsys.readouterr().out
+    assert re.search(
+        r"against the baseline, 3 common utterance\(s\):\n    bleu .*\n    chrf.*\n    comet +\+0.5000  p = ", printed
+    )
+    lines = [json.loads(line) for line in (tmp_path / "b" / "predictions.jsonl").read_text().splitlines()]
+    assert [line["comet"] for line in lines] == [3.0] * 3  # the stand-in's score of a right answer, and the GPUs
+    found = json.loads((tmp_path / "b" / "metrics.json").read_text())["tasks"]["st"]["against_baseline"]["tests"]
+    assert found["comet"]["difference"] == 0.5 and found["comet"]["utterances"] == 3
+    (tmp_path / "other.ckpt").touch()  # scores of another model are no baseline
+    options[options.index("--comet_model") + 1] = str(tmp_path / "other.ckpt")
+    assert main(command(folder, tmp_path / "b", *options, "--baseline", str(tmp_path / "a"))) == 0
+    assert "bleu" in (printed := capsys.readouterr().out) and not re.search(r"comet .* p = ", printed)
 
 
 def start(rank, arguments, port, folder):
@@ -140,6 +193,11 @@ def test_text_abilities_are_the_base_llms_unless_it_was_trained(tmp_path):
         other.model.layers[0].mlp.up_proj.weight.view(-1)[0] += 1
     other.save_pretrained(tmp_path / "llm")
     with pytest.raises(CheckpointError, match="changed since"):
+        compare_text_abilities(model, processor)
+    torch.save(other.state_dict(), tmp_path / "llm/pytorch_model.bin")
+    (tmp_path / "llm/model.safetensors").unlink()
+    model.config.base_models["text"]["revision"] = pin_revision(tmp_path / "llm", None)
+    with pytest.raises(CheckpointError, match=r"the base LLM '.*pytorch_model.bin.* are pickled.*convert"):
         compare_text_abilities(model, processor)
     model.config.base_models = None
     assert compare_text_abilities(model, processor)["identical"] is None

@@ -20,6 +20,7 @@ import speechllm
 from speechllm.hub.card import METRICS, eval_results
 from speechllm.hub.publishing import prepare_folder
 from speechllm.hub.training_summary import read_summary
+from speechllm.pushing_speechllm import KIND_IN_CARD, card_for
 
 
 ROOT = Path(speechllm.__file__).parent.parent
@@ -148,6 +149,30 @@ def test_a_stream_is_called_one(cached, tmp_path):
     assert held_out["split"] == "held-out" and held_out["utterances"] == 4
     card = (prepare_folder(tmp_path / "run", tmp_path / "new", "org/ears") / "README.md").read_text()
     assert "| train | a stream | unknown |" in card
+
+
+def test_a_card_for_another_repository_keeps_what_is_not_its_name():
+    card = """---
+base_model_relation: adapter
+model_name: ears
+---
+# org/ears
+See https://huggingface.co/org/ears, org/ears. Not org/ears-large, org/ears.v2 or my-org/ears. My own words: adapter.
+{}
+AutoModel.from_pretrained("org/ears", trust_remote_code=True)
+"""
+    old = card.format(KIND_IN_CARD["projector"][1])
+    assert card_for("org/ears", "projector", old) == old
+    new = card_for("me/mine", "full", old)
+    expected = card.replace("adapter\nmodel_name: ears", "finetune\nmodel_name: mine").format(
+        "This repository holds all weights."
+    )
+    for before, after in (
+        ("# org/ears\n", "# me/mine\n"), (".co/org/ears, org/ears.", ".co/me/mine, me/mine."), ('"org/ears"', '"me/mine"')
+    ):  # fmt: skip
+        expected = expected.replace(before, after)
+    assert new == expected
+    assert card_for("me/mine", "full", "# Mine\n") == "# Mine\n"
 
 
 def test_the_template_is_in_sdists_and_wheels(tmp_path):

@@ -38,6 +38,7 @@ def outputs(model, processor, path):
 AUTHOR = """
 import os, sys
 sys.path[:0] = sys.argv[1:3]
+import numpy as np, soundfile
 from transformers import AutoProcessor
 from speechllm import SpeechLLMForConditionalGeneration as Model
 from speechllm.cli import main
@@ -51,7 +52,11 @@ adapt("adapted", "pretrained", hub_model_id="org/adapted", hub_private_repo=True
 def publish(name, checkpoint, *options):
     assert main(["publish", "--model", checkpoint, "--repo-id", name, *options]) == 0
 
-for name, *options in (("projector", "--revision", "v1"), ("merged", "--merge-lora", "--private")):
+soundfile.write("hello you.wav", np.zeros(800), 16_000)
+for name, *options in (
+    ("projector", "--revision", "v1", "--license", "mit", "--example", "hello you.wav"),
+    ("merged", "--merge-lora", "--private"),
+):
     publish("org/" + name, "adapted", *options, "--dry-run", "dry-" + name)
     publish("org/" + name, "adapted", *options)
 publish("org/full", "adapted", "--full", "--max-shard-size", "60KB", "--license", "mit")
@@ -60,6 +65,7 @@ model = Model.from_pretrained("org/projector", revision="v1")
 model.push_to_hub("org/pushed", private=True)
 model.save_pretrained("saved", kind="full", push_to_hub=True, repo_id="org/saved")
 model.push_to_hub("org/changed", kind="full")
+Model.from_pretrained("pretrained").push_to_hub("org/fresh")  # which has no card yet
 publish("org/changed", "pretrained")
 
 for name in ("pretrained", "adapted", "dry-merged"):
@@ -69,6 +75,8 @@ READER = """
 import json, sys
 from transformers import AutoModel, AutoProcessor
 
+published = AutoModel.from_pretrained("org/projector", revision="v1", trust_remote_code=True)
+published.push_to_hub("reader/copy", kind="full")
 for name, revision in json.loads(sys.argv[1]):
     options = {"revision": revision, "trust_remote_code": True}
     model = AutoModel.from_pretrained(name, **options)
@@ -149,6 +157,7 @@ def test_loading_back_is_exact(author, hub, tmp_path):
         "org/adapted": ("main", "adapted"),
         "org/pushed": ("main", "adapted"),
         "org/saved": ("main", "adapted"),
+        "org/fresh": ("main", "pretrained"),
     }
     wanted = json.dumps([(name, revision) for name, (revision, _) in expected.items()])
     run(hub.address, tmp_path, ["-c", HIDE_PACKAGE + INPUTS + READER, wanted])
@@ -159,6 +168,35 @@ def test_loading_back_is_exact(author, hub, tmp_path):
         assert found["logits"].dtype == original["logits"].dtype, name
         assert torch.equal(found["logits"], original["logits"]), name
         assert torch.equal(found["tokens"], original["tokens"]), name
+    assert_card(hub.repositories["reader/copy"].files(), "reader/copy", "full", published_as="org/projector")
+
+
+def assert_card(files, name, kind, published_as=None):
+    """That a repository's card speaks of it, and of no other, and has the plot that it shows."""
+    card = files["README.md"].decode()
+    assert f"\n# {name}\n" in card and card.count(f'from_pretrained("{name}", trust_remote_code=True)') == 2
+    assert f"model-index:\n- name: {name.partition('/')[2]}\n" in card
+    assert ("holds the trained weights only" in card) == (kind == "projector")
+    assert ("This repository holds all weights." in card) == (kind == "full")
+    assert f"\nbase_model_relation: {'adapter' if kind == 'projector' else 'finetune'}\n" in card
+    assert "](images/recall_per_layer.png)" in card
+    assert files["images/recall_per_layer.png"].startswith(b"\x89PNG")
+    if published_as:
+        assert published_as not in card
+        assert "\nlicense: mit\n" in card and "src: examples/hello you.wav\n" in card
+        assert files["examples/hello you.wav"].startswith(b"RIFF")
+
+
+def test_models_push_their_card(author, hub):
+    """The one they were published with, made their own; one from a trainer's folder gets a new one."""
+    changed, _ = list(hub.repositories["org/changed"].commits.values())[1:]
+    assert_card(changed, "org/changed", "full", published_as="org/projector")
+    assert_card(hub.repositories["org/pushed"].files(), "org/pushed", "projector", published_as="org/projector")
+    assert_card(hub.repositories["org/saved"].files(), "org/saved", "full", published_as="org/projector")
+    assert_card(hub.repositories["org/fresh"].files(), "org/fresh", "projector")
+    names = ("training_summary.json", "images/recall_per_layer.png")
+    original = hub.repositories["org/projector"].files("v1")
+    assert all(changed[name] == original[name] for name in names)
 
 
 def test_the_base_models_are_pinned_by_commit(author, hub):

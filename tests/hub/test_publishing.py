@@ -169,6 +169,24 @@ def test_merged_weights_are_the_formulas(adapted, tmp_path, dtype):
     assert "LoRA (rank 2) is merged" in card and "base_model_relation: finetune" in card
 
 
+def test_merged_and_sharded_is_merged(adapted, tmp_path):
+    """In bfloat16 and in shards: the same tensors under an index, and the same logits."""
+    whole = dry_run(adapted, tmp_path / "whole", "--merge-lora")
+    sharded = dry_run(adapted, tmp_path / "sharded", "--merge-lora", "--max-shard-size", "20KB")
+    assert not (sharded / "model.safetensors").exists() and not (sharded / "adapter").exists()
+    shards = {path.name: load_file(path) for path in sharded.glob("model-*.safetensors")}
+    assert len(shards) > 2
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index == {name: shard for shard, tensors in shards.items() for name in tensors}
+    tensors = {name: tensor for part in shards.values() for name, tensor in part.items()}
+    assert {t.dtype for name, t in tensors.items() if "projector." not in name} == {torch.bfloat16}
+    expected = load_file(whole / "model.safetensors")
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    logits = logits_of(sharded)
+    assert torch.equal(logits, logits_of(whole)) and not torch.equal(logits, logits_of(adapted))
+
+
 def test_there_must_be_an_adapter_to_merge(pretrained, tmp_path, capsys):
     arguments = ["publish", "--model", str(pretrained), "--repo-id", "org/ears", "--dry-run", str(tmp_path / "new")]
     assert main([*arguments, "--merge-lora"]) == 1
@@ -221,10 +239,9 @@ def test_pickled_weights_are_refused_with_the_way_to_convert(pretrained, tmp_pat
     ):
         with pytest.raises(CheckpointError, match=r"are pickled.*only safetensors are read.*convert") as error:
             refused(folder)
-    if not sharded:
-        monkeypatch.chdir(folder)
-        exec(f"import safetensors.torch, torch; {str(error.value).rpartition('once: ')[2]}")
-        assert torch.equal(logits_of(folder), logits_of(pretrained))
+    monkeypatch.chdir(folder)
+    exec(f"import glob, safetensors.torch, torch; {str(error.value).rpartition('once: ')[2]}")
+    assert torch.equal(logits_of(folder), logits_of(pretrained))
 
 
 def test_trainers_refuse_to_push_what_nobody_could_load(bases, cached, tmp_path):

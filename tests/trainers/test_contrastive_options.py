@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_training import batch_of, contrastive, loss_and_gradient, tiny_rows, tiny_trainable, weights_of
 
 from speechllm import CheckpointError
@@ -46,10 +47,14 @@ def test_the_temperature_and_the_layers_weights_are_learned_and_resumed(tmp_path
         assert torch.equal(value, resumed.scalars.parameters[name]), name
     assert logs_of(resumed)[-1]["loss"] == pytest.approx(logs[-1]["loss"], abs=1e-6)
 
-    saved = torch.load(tmp_path / "whole" / "checkpoint-3" / "loss_scalars.pt", weights_only=True)["values"]
-    assert set(saved) == {"log_temperature", "log_variance_0", "log_variance_2"}
+    saved = load_file(tmp_path / "whole" / "checkpoint-3" / "loss_scalars.safetensors")
+    assert {name for name in saved if "." not in name} == {"log_temperature", "log_variance_0", "log_variance_2"}
+    again = contrastive(tmp_path / "again", **options)
+    again.scalars.load(str(tmp_path / "whole" / "checkpoint-3"))
+    moments = [again.scalars.optimizer.state[value] for value in again.scalars.parameters.values()]
+    assert all(state["step"] == 3 and state["exp_avg_sq"] > 0 for state in moments) and len(moments) == 3
     whole.save_model(str(tmp_path / "published"))
-    assert not (tmp_path / "published" / "loss_scalars.pt").exists()
+    assert not list((tmp_path / "published").glob("loss_scalars*"))
     plain = contrastive(tmp_path / "other", **{**options, "layer_weights": None})
     with pytest.raises(
         CheckpointError, match=r"holds the learned scalars .*log_variance_0.* ask for \['log_temperature'\]"
