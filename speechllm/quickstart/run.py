@@ -33,6 +33,7 @@ from ..evaluation.metrics.error_rates import recognition_metrics
 from ..evaluation.nearest_tokens import nearest_tokens
 from ..modeling_speechllm import SpeechLLMForConditionalGeneration
 from ..processing_speechllm import SpeechLLMProcessor
+from ..saving import explained_saving
 from ..trainers import (
     ContrastiveArguments,
     ContrastiveTrainer,
@@ -88,6 +89,7 @@ class Quickstart:
             | {"python": platform.python_version()},
             "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
             "seconds": {},
+            "fine_tuning": {"lora_rank": settings.lora_rank, "arms": []},
         }
 
     def run(self) -> dict[str, Any]:
@@ -237,9 +239,10 @@ class Quickstart:
         seconds = time.monotonic() - begin
         tokens["after"] = self.measure(trainer, "after")
         self.pretrained = self.trained_state()
-        self.model.save_pretrained(self.output / "pretrained", kind="projector")
-        self.processor.save_pretrained(self.output / "pretrained")
-        self.report["data"]["set_aside"] = [{"id": k, "reason": v} for k, v in trainer.set_aside.items()]
+        self.save("pretrained", kind="projector")
+        self.report["data"]["set_aside"] = [
+            {"id": item.id, "reason": item.reason} for item in trainer.set_aside.values()
+        ]
         self.report["pretraining"].update(
             seconds=round(seconds, 1),
             history=[log for log in trainer.state.log_history if "loss" in log],
@@ -334,7 +337,7 @@ class Quickstart:
             ],
         }
         print(f"        {label}: WER {arm['wer']:.1%}, loss {arm['loss']:.3f}", flush=True)
-        arms = self.report.setdefault("fine_tuning", {"arms": []})["arms"]
+        arms = self.report["fine_tuning"]["arms"]
         if not arms or arm["wer"] < min(other["wer"] for other in arms):
             self.best = (name, self.trained_state())
         arms.append(arm)
@@ -363,9 +366,13 @@ class Quickstart:
         """The best arm as a full checkpoint in `model/`."""
         name, trained = self.best
         self.load_trained(trained)
-        self.model.save_pretrained(self.output / "model", kind="full")
-        self.processor.save_pretrained(self.output / "model")
+        self.save("model", kind="full")
         self.report["fine_tuning"]["best"] = name
+
+    def save(self, name: str, kind: str) -> None:
+        with explained_saving(self.output / name):
+            self.model.save_pretrained(self.output / name, kind=kind)
+            self.processor.save_pretrained(self.output / name)
 
 
 class ProgressBar(ProgressCallback):

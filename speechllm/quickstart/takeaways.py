@@ -222,6 +222,15 @@ def best_arm(fine_tuning: Mapping[str, Any]) -> dict[str, Any] | None:
     return min(arms, key=lambda arm: arm["wer"]) if arms else None
 
 
+def lora(model: Mapping[str, Any], fine_tuning: Mapping[str, Any]) -> str | None:
+    """What fine-tuning trains besides the projector; `None` if nothing, or if the report does not say."""
+    if not (rank := fine_tuning.get("lora_rank")):
+        return None
+    text, projector = f"LoRA matrices of rank {rank} on the LLM", model.get("trainable_parameters")
+    arms = [count for arm in fine_tuning.get("arms") or [] if (count := arm.get("trainable_parameters")) is not None]
+    return f"{text} ({max(arms) - projector:,} parameters)" if arms and projector is not None else text
+
+
 def other_arms(fine_tuning: Mapping[str, Any], arms: Sequence[Mapping[str, Any]]) -> str | None:
     """How the remaining arms do against the pretrained one."""
     base = arm_named(fine_tuning, "pretrained")
@@ -232,7 +241,7 @@ def other_arms(fine_tuning: Mapping[str, Any], arms: Sequence[Mapping[str, Any]]
             if base is not None and base.get("wer") is not None and arm is not base:
                 gap = base["wer"] - arm["wer"]
                 word = "about the same as" if abs(gap) < TIE else "fewer than" if gap > 0 else "more than"
-                text += f", {word} the pretrained projector alone ({percent(base['wer'])})"
+                text += f", {word} the pretrained projector ({percent(base['wer'])})"
             parts.append(text)
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}." if parts else None

@@ -1,12 +1,17 @@
 """Fill the caches of what the frozen parts make of a data set: encoder frames, and text-side states of the LLM.
 
-Each process takes its share of the items; all of them see the whole cache afterwards.
+Each process takes its share of the items; all of them see the whole cache afterwards. With `mixed_precision`, the states
+are computed as in training, under autocast.
 """
+
+import hashlib
+import json
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from ..audio_speechllm import AudioError
 from ..data.feature_cache import FeatureCache, audio_key, fingerprint, text_key
@@ -17,7 +22,20 @@ from ..objectives import masked_mean
 from ..processing_speechllm import SpeechLLMProcessor
 
 
-def frame_cache(folder: str, model: SpeechLLMModel, processor: SpeechLLMProcessor) -> FeatureCache:
+def _autocast_dtype(mixed_precision: str, weights: torch.dtype) -> torch.dtype | None:
+    """What autocast computes in; `None`: as the weights say, which is also so where they have that dtype."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+    return None if dtype == weights else dtype
+
+
+def _autocast(device: torch.device, mixed_precision: str, weights: torch.dtype) -> torch.autocast:
+    dtype = _autocast_dtype(mixed_precision, weights)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def frame_cache(
+    folder: str, model: SpeechLLMModel, processor: SpeechLLMProcessor, mixed_precision: str = "no"
+) -> FeatureCache:
     """The cache of this encoder's frames, empty or not."""
     config = model.config
     depends_on = {
@@ -28,14 +46,20 @@ def frame_cache(folder: str, model: SpeechLLMModel, processor: SpeechLLMProcesso
         "layer": config.speech_layer,
         "context_seconds": config.context_seconds,
         "segment_seconds": processor.segment_seconds,
+        "attention": model.speech_encoder.config._attn_implementation,
         "dtype": str(model.speech_encoder.dtype),
+        "autocast": str(_autocast_dtype(mixed_precision, model.speech_encoder.dtype)),
     }
     return FeatureCache(folder, depends_on)
 
 
 @torch.no_grad()
 def fill_frame_cache(
-    cache: FeatureCache, rows: list[Row], model: SpeechLLMModel, processor: SpeechLLMProcessor
+    cache: FeatureCache,
+    rows: list[Row],
+    model: SpeechLLMModel,
+    processor: SpeechLLMProcessor,
+    mixed_precision: str = "no",
 ) -> list[SetAside]:
     """Encode every utterance that the cache lacks. Returns those that cannot be used."""
     state = PartialState()
@@ -45,7 +69,7 @@ def fill_frame_cache(
         try:
             key = audio_key(row["audio"], row.get("sampling_rate"))
         except AudioError as error:
-            set_aside.append(SetAside(row["id"], str(error)))
+            set_aside.append(SetAside(row["id"], str(error), "audio cannot be decoded"))
             continue
         if key not in cache:
             missing.setdefault(key, []).append(row)
@@ -58,12 +82,13 @@ def fill_frame_cache(
         try:
             segments = processor.extract_features(same[0]["audio"], same[0].get("sampling_rate"), name=same[0]["id"])
         except AudioError as error:
-            set_aside += [SetAside(row["id"], str(error)) for row in same]
+            set_aside += [SetAside(row["id"], str(error), "audio cannot be decoded") for row in same]
             continue
         frames, lengths = [], []
         for segment in segments:  # one at a time: memory stays bounded, and nothing is spent on padding
             inputs = {name: value.to(device) for name, value in processor.pad_features([segment]).items()}
-            states, count = model.encode_speech(*inputs.values())
+            with _autocast(device, mixed_precision, model.speech_encoder.dtype):
+                states, count = model.encode_speech(*inputs.values())
             frames.append(states[0, : int(count[0])])
             lengths.append(int(count[0]))
         cache.put(key, {"frames": torch.cat(frames), "lengths": torch.tensor(lengths)})
@@ -72,8 +97,21 @@ def fill_frame_cache(
     return gather_object(set_aside) if state.num_processes > 1 else set_aside
 
 
+def _fingerprint_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of what turns a text into token ids."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab()
+    rules = {name: value for name, value in rules.items() if name not in ("padding", "truncation")}  # of the last call
+    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+
+
 def text_state_cache(
-    folder: str, model: SpeechLLMModel, tokenizer_size: int, prefix: list[int], layers: list[int], pooled: bool
+    folder: str,
+    model: SpeechLLMModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prefix: list[int],
+    layers: list[int],
+    pooled: bool,
+    mixed_precision: str = "no",
 ) -> FeatureCache:
     """The cache of this LLM's states of transcripts behind `prefix`, at `layers`; mean-pooled or one per token."""
     depends_on = {
@@ -81,11 +119,12 @@ def text_state_cache(
         "llm": fingerprint(model.language_model),
         "configuration": {k: v for k, v in model.config.text_config.to_dict().items() if not k.startswith("_")},
         "attention": model.language_model.config._attn_implementation,
-        "tokenizer_size": tokenizer_size,
+        "tokenizer": _fingerprint_of_tokenizer(tokenizer),
         "prefix": prefix,
         "layers": layers,
         "pooled": pooled,
         "dtype": str(model.language_model.dtype),
+        "autocast": str(_autocast_dtype(mixed_precision, model.language_model.dtype)),
     }
     return FeatureCache(folder, depends_on)
 
@@ -97,6 +136,7 @@ def fill_text_state_cache(
     model: SpeechLLMModel,
     layers: list[int],
     pooled: bool,
+    mixed_precision: str = "no",
     batch_size: int = 16,
 ) -> None:
     """Compute the states of every transcript that the cache lacks, in batches of transcripts of similar length.
@@ -117,7 +157,8 @@ def fill_text_state_cache(
     for start in progress:
         part = encoded[start : start + batch_size]
         batch = items.processor.pad_rows([{"input_ids": ids} for ids, _ in part]).to(device)
-        states = model(**batch, layers=layers).layer_states
+        with _autocast(device, mixed_precision, model.language_model.dtype):
+            states = model(**batch, layers=layers).layer_states
         mask = batch["attention_mask"].bool()
         mask[:, :skip] = False
         for i, (_, text) in enumerate(part):

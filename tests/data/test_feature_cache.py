@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,9 @@ import torch
 
 from speechllm import AudioError
 from speechllm.data.feature_cache import FeatureCache, audio_key, fingerprint, text_key
+
+
+MAPS = Path("/proc/self/maps")
 
 
 def test_put_get_and_folders(tmp_path):
@@ -20,6 +24,18 @@ def test_put_get_and_folders(tmp_path):
     assert all(torch.equal(found[name], tensors[name]) and found[name].dtype == tensors[name].dtype for name in tensors)
     assert FeatureCache(tmp_path, {"layer": 2}).get("ab") is None
     assert not list(tmp_path.rglob(".*"))  # no temporary files are left
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="needs Linux")
+def test_tensors_are_memory_mapped(tmp_path):
+    """They take no memory of their own: it is the file, and given back with the last tensor."""
+    cache = FeatureCache(tmp_path, {})
+    cache.put("ab", {"x": torch.zeros(100_000)})
+    assert str(cache._path("ab")) not in MAPS.read_text()
+    found = cache.get("ab")["x"]
+    assert str(cache._path("ab")) in MAPS.read_text()
+    del found
+    assert str(cache._path("ab")) not in MAPS.read_text()
 
 
 @pytest.mark.parametrize("damage", [b"", b"abc", b"x" * 200, None])

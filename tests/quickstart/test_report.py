@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from tiny import full_disk
 
 from speechllm.evaluation import plots
 from speechllm.quickstart import takeaways
@@ -84,6 +85,7 @@ def full_report(folder: Path) -> dict:
             "llm_tokens": 389_000,
         },
         "fine_tuning": {
+            "lora_rank": 8,
             "arms": [
                 {**arm, "name": "pretrained", "label": "pretrained", "steps": 200, "loss": 2.46, "wer": 0.62},
                 {**arm, "name": "scratch_equal_steps", "label": "scratch", "steps": 200, "loss": 3.7, "wer": 1.21},
@@ -303,6 +305,13 @@ def test_a_failed_write_leaves_the_old_report(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_full_disk_is_named_and_leaves_the_old_report(tmp_path):
+    write_report({"stage": "first"}, tmp_path)
+    with full_disk(room=1_000), pytest.raises(OSError, match=f"Cannot save to {tmp_path}: .* Free some space"):
+        write_report({"stage": "second " * 300}, tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text())["stage"] == "first"
+
+
 def test_word_diff():
     runs = [
         (run["kind"], run["said"], run["heard"]) for run in word_diff("Press two, now - please!", "press too now a")
@@ -316,6 +325,21 @@ def test_word_diff():
     assert [run["kind"] for run in word_diff("a b", "a")] == ["same", "missing"]
     assert [run["kind"] for run in word_diff("a", "a b")] == ["same", "extra"]
     assert word_diff("", "") == []
+
+
+def test_the_page_says_what_each_stage_trains(tmp_path):
+    report = {"model": {"trainable_parameters": 100}, "fine_tuning": {"lora_rank": 0}}
+    assert takeaways.lora(report["model"], report["fine_tuning"]) is None
+    write_report(report, tmp_path)
+    assert read(tmp_path).has("writing down what was said.") and not read(tmp_path).has("LoRA")
+    report["fine_tuning"] = {"lora_rank": 4, "arms": []}
+    assert takeaways.lora(report["model"], report["fine_tuning"]) == "LoRA matrices of rank 4 on the LLM"
+    report["fine_tuning"]["arms"] = [{"name": "pretrained", "trainable_parameters": 1_200}]
+    write_report(report, tmp_path)
+    assert read(tmp_path).has(
+        "pretraining trains 100 parameters; fine-tuning also trains LoRA matrices of rank 4 on the "
+    )
+    assert read(tmp_path).has("on the LLM (1,100 parameters).")
 
 
 def test_takeaways_say_when_nothing_was_gained():

@@ -1,5 +1,6 @@
 """The quick start end to end: on tiny models in the fast suite, on the real ones (few steps) in the slow one."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -64,8 +65,23 @@ def test_every_stage_leaves_its_part_of_the_report(tiny_source, tmp_path, monkey
     assert arms["scratch_equal_compute"]["llm_tokens_total"] >= 0.8 * arms["pretrained"]["llm_tokens_total"]
     assert report["peak_memory_bytes"] > 1e8
     assert all(set(sample["hypotheses"]) == set(arms) for sample in report["samples"])
-    assert (tmp_path / "out/report.html").stat().st_size > 10_000
+    assert report["fine_tuning"]["lora_rank"] == 2
+    lora = sum(value.numel() for name, value in run.model.named_parameters() if "lora_" in name)
+    assert all(arm["trainable_parameters"] == report["model"]["trainable_parameters"] + lora for arm in arms.values())
+    page = " ".join((tmp_path / "out/report.html").read_text().split())
+    assert "the projector is the only part that it trains" in page
+    assert f"besides the projector it trains LoRA matrices of rank 2 on the LLM ({lora:,} parameters)" in page
     assert (tmp_path / "out/model/model.safetensors").is_file()
+
+    # The same seed gives the same figures, now from caches that the first run has filled.
+    monkeypatch.setattr(quickstart_run, "write_report", lambda *_: None)  # drawing takes most of the time
+    again = Quickstart(dataclasses.replace(settings, output=str(tmp_path / "again"))).run()
+    for name in ("recall_at_1", "recall_at_5", "llm_tokens"):
+        assert again["pretraining"][name] == pretraining[name]
+    for arm in again["fine_tuning"]["arms"]:
+        for name in ("loss", "wer", "cer", "steps", "llm_tokens_total"):
+            assert arm[name] == arms[arm["name"]][name], (arm["name"], name)
+    assert len(again["fine_tuning"]["arms"]) == 3
 
     # A run that goes on from another's trunk is the run that it would have been from the start.
     for name, trunk in (("branched", run.trunk), ("whole", None)):
@@ -94,7 +110,7 @@ def test_on_real_weights_and_speech(tmp_path):
     """The command itself, with few steps: report, checkpoint, transcription, and loading without the package."""
     output = tmp_path / "out"
     command = [sys.executable, "-m", "speechllm"]
-    steps = ["--steps", "60", "8", "8", "--lora_rank", "0"]
+    steps = ["--steps", "60", "8", "20"]  # fewer, and the best answer might be none
     subprocess.run([*command, "quickstart", "--output", str(output), *steps], check=True, timeout=1500)
     report = json.loads((output / "report.json").read_text())
     recall = report["pretraining"]["recall_at_1"]
@@ -102,6 +118,7 @@ def test_on_real_weights_and_speech(tmp_path):
     assert recall["before"]["0"] < 0.1 < recall["after_embedding"]["0"]  # 60 steps already reach about 0.3
     assert report["peak_memory_bytes"] < 6e9
     assert {"train_minutes", "train_utterances"} <= set(report["data"])
+    assert report["fine_tuning"]["lora_rank"] == 8 and (output / "model" / "adapter").is_dir()
 
     audio = report["samples"][0]["audio"]
     heard = subprocess.run(
