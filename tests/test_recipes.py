@@ -134,6 +134,18 @@ def test_pretraining(name, world, tmp_path):
             assert log["extra_texts"] > 0
 
 
+def test_frozen_parts_in_training_mode(world, tmp_path):
+    trainer, _ = train(RECIPES["paper/contr-wasser-all-as-published"], world, tmp_path)
+    assert trainer.args.similarity == "wasserstein_geomloss"
+    assert trainer.headless.speech_encoder.training and trainer.headless.language_model.training
+    trainer.save_model(str(tmp_path / "saved"))
+    for settings, training in ((ModelArguments(str(tmp_path / "saved")), True), (
+        ModelArguments(str(world / "pretrained")), False), (
+        ModelArguments(str(world / "pretrained"), frozen_in_train_mode=True), True)):  # fmt: skip
+        model, _ = load_model(settings, trainer.args)
+        assert model.train().model.speech_encoder.training == training
+
+
 @pytest.mark.parametrize("name", FINE_TUNING)
 def test_fine_tuning(name, world, tmp_path):
     trainer, _ = train(RECIPES[name], world, tmp_path)
@@ -199,7 +211,8 @@ def test_every_row_has_both_sizes():
     paper, small = (
         {name.partition("/")[2] for name in RECIPES if name.startswith(size)} for size in ("paper", "small")
     )
-    assert paper - small == {"contr-cos-all-giga"} and small - paper == {"contr-cos-all-29-percent"}
+    assert paper - small == {"contr-cos-all-giga", "contr-wasser-all-as-published"}
+    assert small - paper == {"contr-cos-all-29-percent"}
 
 
 def test_small_recipes_have_the_quick_starts_projector():

@@ -1,5 +1,8 @@
 """Tiny random models of real architectures, shared by all tests. No network: tokenizers are built here."""
 
+import resource
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -168,3 +171,14 @@ def enliven(model):
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.2, generator=generator)
     return model
+
+
+@contextmanager
+def full_disk(room: int):
+    """No file of this process can grow beyond `room` bytes: writing on fails with an error of the system, as on a full
+    disk. (Python ignores the signal that would end the process.)"""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

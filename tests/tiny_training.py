@@ -5,6 +5,7 @@ from tiny import TEXT, tiny_config, tiny_feature_extractor, tiny_processor, tiny
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from speechllm import SpeechLLMForConditionalGeneration
+from speechllm.data.forced_alignment import aligned_row
 from speechllm.trainers import ContrastiveArguments, ContrastiveTrainer, FineTuningArguments, FineTuningTrainer
 
 
@@ -21,6 +22,15 @@ def tiny_rows(count=16, first=0, seconds=0.2):
         }
         for i in range(first, first + count)
     ]
+
+
+def uneven_rows(count=16):
+    """Rows with word times whose texts have one to six words: no two halves of a batch have equally many tokens."""
+    rows = tiny_rows(count, seconds=0.3)
+    for i, row in enumerate(rows):
+        row["text"] = " ".join(WORDS[(i * (j + 1) + j) % 16] for j in range(1 + (i * i + i // 4) % 6)) + f" {i}"
+        row["duration"] = len(row["audio"]) / 16_000
+    return [aligned_row(row, None) for row in rows]
 
 
 def tiny_trainable(text="llama-tied", speech="hubert-layer", dropout=0.0, **options):

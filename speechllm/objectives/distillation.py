@@ -30,8 +30,9 @@ def next_token_kl(
     temperature: float = 1.0,
     direction: str = "forward",
     chunk: int = 256,
+    reduction: str = "mean",
 ) -> torch.Tensor:
-    """Mean KL divergence between next-token distributions, in nats times `temperature` squared.
+    """KL divergence between next-token distributions, in nats times `temperature` squared.
 
     Args:
         student: (positions, dim), final hidden states that predict the answer's tokens after speech.
@@ -41,12 +42,13 @@ def next_token_kl(
         direction: `"forward"`, KL(teacher || student): the student covers all that the teacher considers likely;
             `"reverse"`, KL(student || teacher): it may settle for a part.
         chunk: positions whose logits are in memory at once; it does not change the result.
+        reduction: `"mean"` over positions, or `"sum"`.
 
     Returns:
         A scalar in float32 (float64 for float64 logits); 0 if there are no positions.
 
     Raises:
-        ValueError: if the shapes differ or the direction is unknown.
+        ValueError: if the shapes differ, or the direction or the reduction is unknown.
     """
     if student.shape != teacher.shape or student.ndim != 2:
         raise ValueError(
@@ -55,6 +57,8 @@ def next_token_kl(
         )
     if direction not in DIRECTIONS:
         raise ValueError(f"direction is {direction!r}; use one of {DIRECTIONS}.")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction is {reduction!r}; use 'mean' or 'sum'.")
 
     def divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -68,7 +72,7 @@ def next_token_kl(
         part = slice(start, start + chunk)
         states = student[part], teacher[part].detach()
         total = total + checkpoint(divergence, *states, use_reentrant=False, preserve_rng_state=False)
-    return total * temperature**2 / max(1, len(student))
+    return total * temperature**2 / (max(1, len(student)) if reduction == "mean" else 1)
 
 
 def _log_probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:

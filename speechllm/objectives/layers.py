@@ -21,6 +21,7 @@ Similarity = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], 
 SIMILARITIES: dict[str, Similarity] = {
     "cosine": cosine_similarity_matrix,
     "wasserstein": lambda *sequences: -wasserstein_distance_matrix(*sequences),
+    "wasserstein_geomloss": lambda *sequences: -wasserstein_distance_matrix(*sequences, diameter=None),
     "exact_wasserstein": lambda *sequences: -exact_wasserstein_distance_matrix(*sequences),
     "transport_cost": lambda *sequences: -transport_cost_matrix(*sequences),
 }

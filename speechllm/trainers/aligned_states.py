@@ -27,7 +27,8 @@ class AlignedStates:
     model: torch.nn.Module
 
 
-# An objective returns `loss` and any named parts of it; each is normalised by itself, over its own items.
+# An objective returns `loss` and any named parts of it: means over a batch, which are averaged over accumulated batches,
+# processes and chunks. (Exact for means over utterances; the terms of `ObjectiveTerms` are exact whatever they count.)
 Objective = Callable[[AlignedStates], dict[str, torch.Tensor]]
 
 

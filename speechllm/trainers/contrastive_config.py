@@ -32,6 +32,7 @@ class ContrastiveArguments(SpeechLLMTrainingArguments):
         metadata={
             "help": "Similarity of a text and an utterance: 'cosine' of mean tokens (the cheapest); or minus a distance of "
             "the token sequences: 'wasserstein', the paper's debiased Sinkhorn divergence (next dearest); "
+            "'wasserstein_geomloss', the same with each pair's own diameter, exactly as published (slow: pair by pair); "
             "'transport_cost', that of the entropic plan, an upper bound; 'exact_wasserstein', solved pair by pair on the "
             "CPU (far dearer, needs POT)."
         },
@@ -67,8 +68,7 @@ class ContrastiveArguments(SpeechLLMTrainingArguments):
         default=0,
         metadata={
             "help": "Run the per-device batch through the model in chunks of so many utterances, twice (GradCache): memory "
-            "of one chunk, negatives and gradient of the whole batch; 0: at once. Further terms of the loss are means "
-            "of chunks, as with gradient accumulation."
+            "of one chunk, negatives and gradient of the whole batch; 0: at once."
         },
     )
     position_shift: int = field(

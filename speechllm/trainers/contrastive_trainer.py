@@ -96,13 +96,16 @@ class ContrastiveTrainer(SpeechLLMTrainer):
             self.text_states = text_state_cache(
                 args.text_state_cache,
                 headless,
-                len(processing_class.tokenizer),
+                processing_class.tokenizer,
                 self.prefix,
                 self.all_layers,
                 self.pooled,
+                args.mixed_precision,
             )
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, **kwargs)
-        # Every objective is a mean of its own; `Trainer` then divides by the accumulation steps.
+        if self.text_states is not None and self.needs_states and self.all_layers[-1] > 0:
+            self.llm_tokens += self._cached_text_tokens()
+        # Every objective is divided by a count of its own; `Trainer` then divides by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         language_model = self.headless.language_model
         if args.position_shift and "position_ids" not in inspect.signature(language_model.forward).parameters:
@@ -137,8 +140,16 @@ class ContrastiveTrainer(SpeechLLMTrainer):
             further=self.terms.further(rows),
         )
         if self.text_states is not None:
-            fill_text_state_cache(self.text_states, items, self.headless, self.all_layers, self.pooled)
+            precision = self.args.mixed_precision
+            fill_text_state_cache(self.text_states, items, self.headless, self.all_layers, self.pooled, precision)
         return items
+
+    def _cached_text_tokens(self) -> int:
+        """This process's share of what filling the cache with the training transcripts costs, had it been empty: a run
+        counts the same whether or not an earlier one has paid."""
+        texts = sorted({row["text"] for row in self.train_rows})[self.args.process_index :: self.args.world_size]
+        ids = self.processing_class.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+        return sum(len(self.prefix) + len(text) for text in ids)
 
     def problem(self, row: Row) -> str | None:
         has_text = isinstance(row.get("text"), str) and row["text"].strip()
@@ -268,20 +279,30 @@ class ContrastiveTrainer(SpeechLLMTrainer):
             terms.update({f"weight_layer_{layer}": torch.as_tensor(weight) for layer, weight in weights.items()})
         return terms
 
-    def _term(self, name: str, states: AlignedStates, share: float = 1.0) -> torch.Tensor:
-        """A weighted term of the loss, recorded; `share`: of the batch that the states are."""
+    def get_batch_samples(self, *args: Any):
+        batches, _ = super().get_batch_samples(*args)
+        return batches, self.terms.counts(batches)
+
+    def _term(
+        self, name: str, states: AlignedStates, counts: dict[str, torch.Tensor], share: float = 1.0
+    ) -> torch.Tensor:
+        """A weighted term of the loss, recorded; `counts`: of what `ObjectiveTerms` sum; `share`: of the batch that the
+        states are."""
         factor, objective = self.objectives[name]
         # A gathered loss is the same on every process, whatever could not be used on one of them.
         weight = 1.0 if name == "contrastive" and self._gathers else states.batch["weight"]
         terms = dict(objective(states))
         value = terms.pop("loss")
+        times = recorded = weight * share
+        if name in counts:  # as much as this sum adds to the mean, of which other batches and chunks may add the rest
+            times, recorded = weight / counts[name], share
         group = "loss" if name == "contrastive" else f"loss_{name}"
         plain = {
             part: terms.pop(part) for part in list(terms) if name == "contrastive" and not part.startswith("layer")
         }
         named = {f"loss_{name}": value, **{f"{group}_{part}": v for part, v in terms.items()}, **plain}
-        self.record({part: v * share for part, v in named.items()}, weight * share)
-        return factor * weight * share * value
+        self.record({part: v * times for part, v in named.items()}, recorded)
+        return factor * times * value
 
     def _prepared(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         """The batch on its device, and the layers to align."""
@@ -295,7 +316,8 @@ class ContrastiveTrainer(SpeechLLMTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch, layers = self._prepared(inputs)
         states = self.aligned_states(model, batch, layers)
-        loss = sum(self._term(name, states) for name in self.objectives)
+        counts = self.terms.counts([batch]) if num_items_in_batch is None else num_items_in_batch
+        loss = sum(self._term(name, states, counts) for name in self.objectives)
         return (loss, states) if return_outputs else loss
 
     # ---- large batches ---------------------------------------------------------------------------------------------
@@ -314,6 +336,7 @@ class ContrastiveTrainer(SpeechLLMTrainer):
             text_sides = [self._text_side(chunk, layers) for chunk in chunks]
         chunks = [{**chunk, "text_side": text_side} for chunk, text_side in zip(chunks, text_sides)]
         share = 1 / self.current_gradient_accumulation_steps
+        counts = self.terms.counts([batch]) if num_items_in_batch is None else num_items_in_batch
         further = [name for name in self.objectives if name != "contrastive"]
 
         def encode(chunk: dict[str, Any]) -> AlignedStates:
@@ -335,11 +358,11 @@ class ContrastiveTrainer(SpeechLLMTrainer):
                 batch=batch,
                 model=model,
             )
-            return share * self._term("contrastive", states)
+            return share * self._term("contrastive", states, counts)
 
         def further_terms(states: AlignedStates) -> torch.Tensor:
             part = len(states.speech_mask) / len(batch["input_ids"])
-            return share * sum(self._term(name, states, part) for name in further)
+            return share * sum(self._term(name, states, counts, part) for name in further)
 
         scaler = self.accelerator.scaler
         return two_pass_backward(
@@ -385,7 +408,8 @@ class ContrastiveTrainer(SpeechLLMTrainer):
             batch = self.on_device(batch)
             if not batch["weight"]:
                 continue
-            states = self.aligned_states(self.headless, batch, self.all_layers)
+            with self.accelerator.autocast():  # in training, `Trainer` sees to it
+                states = self.aligned_states(self.headless, batch, self.all_layers)
             if self.pooled:
                 states = pool(states)
             for i, row in enumerate(batch["rows"]):

@@ -11,8 +11,8 @@ The speech tokens of the batch are made once, by the trained module; every term 
 further passes run outside the module that is wrapped for several processes: their gradient reaches the projector through
 the speech tokens, hence through the wrapped module's own pass. That is all of it while the LLM is frozen.
 
-Each term is a mean over its own tokens in a device's batch (a chunk's, with `gradcache_chunk`); the means of batches are
-averaged over accumulation steps and processes. (`FineTuningTrainer` weighs every answer token of the global batch alike.)
+Each term is a mean over its own tokens (`norm`: over utterances) in the whole optimiser step: over all processes,
+accumulated batches and chunks (`gradcache_chunk`). So it does not depend on how a global batch is split.
 """
 
 import logging
@@ -22,6 +22,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import functional as F
 
 from ..data.items import AlignmentItems, FurtherInput
 from ..data.prompts import chat_of
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Prompt = dict[str, Any]  # `input_ids`, `labels`; in a batch `attention_mask` too
+HELD_OUT = "held out"  # instead of a step: held-out rows are always mixed alike
 
 
 def spoken_prompt(row: Row, segment_frames: list[int], processor: SpeechLLMProcessor) -> Prompt:
@@ -76,7 +78,7 @@ class ObjectiveTerms:
         self._warned = False
 
     def objectives(self) -> dict[str, tuple[float, Any]]:
-        """Name -> (weight, objective), as `ContrastiveTrainer` takes them."""
+        """Name -> (weight, objective), as `ContrastiveTrainer` takes them, but of sums, to be divided by `counts`."""
         return {name: (weight, getattr(self, name)) for name, weight in self.weights.items()}
 
     def prepare(self) -> None:
@@ -154,21 +156,52 @@ class ObjectiveTerms:
             )
             self._warned = True
 
-    # ---- terms -----------------------------------------------------------------------------------------------------
+    # ---- terms: sums over their items, and how many these are --------------------------------------------------------
+
+    def counts(self, batches: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Name -> how many items a batch of this optimiser step has on average, over this process's `batches` and those
+        of the others. A sum divided by it becomes the mean over the step's items once it is averaged over batches, as
+        `Trainer` does, and over processes, as DDP does. At least one item per step, where none could be used."""
+        if not self.weights:
+            return {}
+        trainer = self.trainer
+        step = trainer.state.global_step
+        found = torch.zeros(len(self.weights), dtype=torch.long, device=trainer.args.device)
+        for batch in batches:
+            if batch["weight"]:
+                counts = [self._count(name, batch, step) for name in self.weights]
+                found += torch.stack([torch.as_tensor(count, device=found.device) for count in counts])
+        if trainer.args.world_size > 1:
+            found = trainer.accelerator.reduce(found)
+        return dict(zip(self.weights, found.clamp(min=1) / (trainer.args.world_size * max(1, len(batches)))))
+
+    def _count(self, name: str, batch: dict[str, Any], step: int | str) -> int | torch.Tensor:
+        if name == "norm":
+            return len(batch["rows"])
+        if name == "mixed":
+            return sum(label != IGNORED for row in self._mixed_rows(batch, step)[0] for label in row["labels"][1:])
+        prompt = batch["further"]["student" if name == "distillation" else name]
+        return (prompt["labels"][:, 1:] != IGNORED).sum()
 
     def next_token(self, states: AlignedStates) -> dict[str, torch.Tensor]:
-        return {"loss": self._cross_entropy(states.batch["further"]["next_token"], states.speech_tokens)}
+        return {"loss": self._cross_entropy(states.batch["further"]["next_token"], self._speech_tokens(states))}
 
     def mixed(self, states: AlignedStates) -> dict[str, torch.Tensor]:
-        """A row's choice of spoken words depends on seed, step and row alone: not on how the batch is split, and the
-        same after resumption. Held-out rows always have the same."""
-        batch, trainer = states.batch, self.trainer
+        trainer, tokens = self.trainer, self._speech_tokens(states)
+        step = trainer.state.global_step if trainer.headless.training else HELD_OUT
+        rows, chosen = self._mixed_rows(states.batch, step)
+        prompt = trainer.processing_class.pad_rows(rows).to(tokens.device)
+        loss = self._cross_entropy(prompt, tokens[torch.tensor(chosen, dtype=torch.long, device=tokens.device)])
+        return {"loss": loss + 0 * tokens.sum()}  # in the projector's graph even if nothing is spoken
+
+    def _mixed_rows(self, batch: dict[str, Any], step: int | str) -> tuple[list[Prompt], list[int]]:
+        """The batch's mixed prompts, and which of its speech tokens they take. A row's choice of spoken words depends on
+        seed, step and row alone: not on how the batch is split, and the same after resumption."""
+        trainer = self.trainer
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        step = trainer.state.global_step if trainer.headless.training else "held out"
         placeholder = trainer.headless.config.audio_token_id
-        counts = (batch["input_ids"] == placeholder).sum(-1).tolist()
         rows, chosen = [], []
-        for (name, words), first in zip(batch["further"]["words"], [0, *accumulate(counts)]):
+        for (name, words), first in zip(batch["further"]["words"], [0, *accumulate(self._speech_lengths(batch))]):
             generator = random.Random(f"mixed {seed} {step} {name}")
             spoken = spoken_words(len(words), self.args.mixed_speech_probability, generator)
             sequence = mixed_sequence(words, spoken, placeholder)
@@ -180,16 +213,17 @@ class ObjectiveTerms:
                 }
             )
             chosen += [first + token for token in sequence.speech]
-        tokens = states.speech_tokens
-        prompt = trainer.processing_class.pad_rows(rows).to(tokens.device)
-        loss = self._cross_entropy(prompt, tokens[torch.tensor(chosen, dtype=torch.long, device=tokens.device)])
-        return {"loss": loss + 0 * tokens.sum()}  # in the projector's graph even if nothing is spoken
+        return rows, chosen
+
+    def _speech_lengths(self, batch: dict[str, Any]) -> list[int]:
+        """Speech tokens of each utterance."""
+        return (batch["input_ids"] == self.trainer.headless.config.audio_token_id).sum(-1).tolist()
 
     def distillation(self, states: AlignedStates) -> dict[str, torch.Tensor]:
         prompts = states.batch["further"]
         with torch.no_grad():
             teacher = self._answer_states(prompts["teacher"], None)
-        student = self._answer_states(prompts["student"], states.speech_tokens)
+        student = self._answer_states(prompts["student"], self._speech_tokens(states))
         speechllm, args = self.trainer.speechllm, self.args
         with self.trainer.accelerator.autocast():
             loss = next_token_kl(
@@ -198,26 +232,31 @@ class ObjectiveTerms:
                 lambda hidden: speechllm.compute_logits(hidden[None])[0],
                 temperature=args.distillation_temperature,
                 direction=args.distillation_direction,
+                reduction="sum",
             )
         return {"loss": loss}
 
     def norm(self, states: AlignedStates) -> dict[str, torch.Tensor]:
-        return scale_penalty(states.speech_tokens, self.text_mean_square)
+        lengths = self._speech_lengths(states.batch)
+        terms = scale_penalty(self._speech_tokens(states), lengths, self.text_mean_square)
+        return {name: value.sum() for name, value in terms.items()}
 
     @torch.no_grad()
     def held_out(self, dataset: AlignmentItems) -> dict[str, float]:
-        """`loss_<term>` over `dataset`: the mean over its batches, each weighed by its rows."""
+        """`loss_<term>`: the mean over all its items in `dataset`."""
         trainer, names = self.trainer, list(self.weights)
-        total = torch.zeros(1 + len(names), dtype=torch.float64)
+        total = torch.zeros(2, len(names), dtype=torch.float64)
         for batch in trainer.eval_batches(dataset):
             batch = trainer.on_device(batch)
             if batch["weight"]:
                 states = trainer.aligned_states(trainer.headless, batch, [])
                 losses = [getattr(self, name)(states)["loss"].item() for name in names]
-                total += len(batch["rows"]) * torch.tensor([1.0, *losses], dtype=torch.float64)
+                counts = [int(self._count(name, batch, HELD_OUT)) for name in names]
+                total += torch.tensor([losses, counts], dtype=torch.float64)
         if trainer.args.world_size > 1:
             total = trainer.accelerator.reduce(total.to(trainer.args.device)).cpu()
-        return {f"loss_{name}": (value / total[0]).item() for name, value in zip(names, total[1:])}
+        means = total[0] / total[1].clamp(min=1)
+        return {f"loss_{name}": mean for name, mean in zip(names, means.tolist())}
 
     def _embedded(self, prompt: Prompt, speech_tokens: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """Inputs of a pass of one's own through the LLM."""
@@ -230,16 +269,45 @@ class ObjectiveTerms:
         }
 
     def _cross_entropy(self, prompt: Prompt, speech_tokens: torch.Tensor) -> torch.Tensor:
-        """Mean over the prompt's labels; the head runs on no other position."""
+        """Sum over the prompt's labels; the head runs on no other position."""
+        states, labels = self._answer_states(prompt, speech_tokens), prompt["labels"][:, 1:]
         with self.trainer.accelerator.autocast():
-            inputs = self._embedded(prompt, speech_tokens)
-            return self.trainer.speechllm(**inputs, labels=prompt["labels"], answer_logits_only=True).loss
+            logits = self.trainer.speechllm.compute_logits(states[None])[0]
+        return F.cross_entropy(logits.float(), labels[labels != IGNORED], reduction="sum")
+
+    def _speech_tokens(self, states: AlignedStates) -> torch.Tensor:
+        lengths = torch.tensor(self._speech_lengths(states.batch))
+        items = torch.arange(len(lengths)).repeat_interleave(lengths)
+        return require_finite(states.speech_tokens, items, "speech tokens")
 
     def _answer_states(self, prompt: Prompt, speech_tokens: torch.Tensor | None) -> torch.Tensor:
-        """(labels, dim): the final hidden states that predict the prompt's labels."""
+        """(labels, dim): the final hidden states that predict the prompt's labels, after speech or, with `None`, text."""
         with self.trainer.accelerator.autocast():
             hidden = self.trainer.headless(**self._embedded(prompt, speech_tokens)).last_hidden_state
-        return hidden[:, :-1][prompt["labels"][:, 1:] != IGNORED]
+        predicting = prompt["labels"][:, 1:] != IGNORED
+        side = "LLM's states after the transcripts" if speech_tokens is None else "LLM's states after the speech"
+        return require_finite(hidden[:, :-1][predicting], predicting.nonzero()[:, 0], side)
+
+
+def require_finite(states: torch.Tensor, items: torch.Tensor, name: str) -> torch.Tensor:
+    """`states`, (states, dim), unchanged.
+
+    Args:
+        states: of a batch, or of a chunk of it (`gradcache_chunk`), whose items then count from 0.
+        items: (states,), the batch item that each belongs to.
+        name: what they are.
+
+    Raises:
+        ValueError: if any is NaN or infinite, naming the batch items.
+    """
+    finite = states.detach().isfinite().all(-1)
+    if not finite.all():
+        broken = items.to(finite.device)[~finite].unique().tolist()
+        raise ValueError(
+            f"The {name} of items {broken} of the batch hold NaN or infinity. Check these items' audio and text, or lower "
+            "the learning rate."
+        )
+    return states
 
 
 def _named_words(row: Row, segment_frames: list[int], **options: Any) -> tuple[str, list[WordSpan]]:

@@ -34,6 +34,8 @@ def test_value_and_gradient_are_those_of_whole_logits(parts, direction, temperat
     loss = next_token_kl(student, teacher, lambda states: states @ frozen.T, chunk=chunk, **options)
     expected = reference(student, teacher, frozen, **options)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
+    total = next_token_kl(student, teacher, lambda states: states @ frozen.T, chunk=chunk, reduction="sum", **options)
+    assert total.item() == pytest.approx(POSITIONS * expected.item(), abs=1e-11)
     (gradient,) = torch.autograd.grad(loss, student, retain_graph=True)
     (expected_gradient,) = torch.autograd.grad(expected, student)
     torch.testing.assert_close(gradient, expected_gradient, atol=1e-12, rtol=0)
@@ -104,3 +106,5 @@ def test_what_cannot_be(parts):
         next_token_kl(student, teacher[1:], lambda states: states)
     with pytest.raises(ValueError, match="direction is 'sideways'"):
         next_token_kl(student, teacher, lambda states: states, direction="sideways")
+    with pytest.raises(ValueError, match="reduction is 'none'"):
+        next_token_kl(student, teacher, lambda states: states, reduction="none")

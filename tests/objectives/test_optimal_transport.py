@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from speechllm.objectives import (
     exact_wasserstein_distance_matrix,
+    layerwise_contrastive_loss,
     transport_cost_matrix,
     wasserstein_distance_matrix,
 )
@@ -65,16 +66,22 @@ def relative_error(found, expected, mask):
     return (found[mask] - expected[mask]).norm() / expected[mask].norm()
 
 
+def drawn(count, seed):
+    """Lengths of 1 to 200 tokens."""
+    return torch.randint(1, 201, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "text_lengths, speech_lengths, dim, options",
     [
-        ((1, 2, 200, 33, 8), (200, 1, 77, 120), 64, {}),
-        ((8, 40, 25), (20, 120, 64, 3), 576, {}),
-        ((12, 40), (100, 30), 4096, {}),
+        ((1, 2, 200, *drawn(2, 0)), (200, 1, *drawn(2, 1)), 64, {}),
+        ((1, *drawn(2, 2)), (200, *drawn(2, 3)), 576, {}),
+        ((200, *drawn(1, 4)), (1, *drawn(2, 5)), 4096, {}),
         ((8, 40, 25), (20, 120, 64, 3), 64, dict(blur=0.1, scaling=0.7, diameter=1.5)),
-        ((1, 2, 100, 33, 8), (120, 1, 77), 64, dict(diameter=None)),
-        ((8, 40), (20, 120), 4096, dict(diameter=None)),
+        ((1, 200, *drawn(2, 6)), (2, *drawn(2, 7)), 64, dict(diameter=None)),
+        (drawn(2, 8), (200, *drawn(1, 9)), 576, dict(diameter=None)),
+        ((1, *drawn(1, 10)), drawn(2, 11), 4096, dict(diameter=None)),
     ],
 )
 def test_equals_geomloss(kind, text_lengths, speech_lengths, dim, options):
@@ -145,6 +152,69 @@ def test_gradcheck_where_the_potentials_have_converged():
     torch.autograd.gradcheck(converged, (text.requires_grad_(), speech.requires_grad_()))
 
 
+def test_gradcheck_of_the_exact_distance():
+    """The best plan of generic data does not change under small changes: the gradient is exact."""
+    text, text_mask, speech, speech_mask = batch("random", (1, 4), (5, 2, 4), 3, torch.float64)
+
+    def exact(text, speech):
+        return exact_wasserstein_distance_matrix(text, text_mask, speech, speech_mask)
+
+    torch.autograd.gradcheck(exact, (text.nan_to_num(0).requires_grad_(), speech.nan_to_num(0).requires_grad_()))
+
+
+def test_gradcheck_where_each_pairs_potentials_have_converged():
+    """`diameter=None`: at a blur just below the pair's diameter, 40 steps of nearly that eps."""
+    text, text_mask, speech, speech_mask = batch("random", (3,), (4,), 3, torch.float64)
+    tokens = F.normalize(torch.cat([text[text_mask], speech[speech_mask]]), dim=-1)
+    blur = 0.98 * (tokens.amax(0) - tokens.amin(0)).norm().item()
+
+    def converged(text, speech):
+        options = dict(blur=blur, diameter=None, scaling=1 - 5e-4)
+        return wasserstein_distance_matrix(text, text_mask, speech, speech_mask, **options)
+
+    torch.autograd.gradcheck(converged, (text.nan_to_num(0).requires_grad_(), speech.nan_to_num(0).requires_grad_()))
+
+
+def entropic_plan(x, y, blur=0.05):
+    """The plan of unit vectors after the schedule's last step, rounded to its marginals."""
+    cost = 1 - x @ y.T
+    a, b = torch.ones(len(x)).double() / len(x), torch.ones(len(y)).double() / len(y)
+
+    def softmin(eps, cost, potential, weights):
+        return -eps * (weights.log() + (potential - cost) / eps).logsumexp(1)
+
+    first, *_ = schedule = epsilon_schedule(2.0, blur, 0.5)
+    f, g = softmin(first, cost, torch.zeros(len(y)), b), softmin(first, cost.T, torch.zeros(len(x)), a)
+    for eps in schedule:
+        f, g = (f + softmin(eps, cost, g, b)) / 2, (g + softmin(eps, cost.T, f, a)) / 2
+    g = softmin(eps, cost.T, f, a)
+    plan = a[:, None] * b * ((f[:, None] + g - cost) / eps).exp()
+    plan = plan * (a / plan.sum(1)).clamp(max=1)[:, None]
+    plan = plan * (b / plan.sum(0)).clamp(max=1)
+    missing = a - plan.sum(1), b - plan.sum(0)
+    return plan + torch.outer(*missing) / missing[0].sum() if missing[0].sum() > 0 else plan
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_transport_costs_gradient_is_that_of_a_constant_plan(kind):
+    """d<P, C> / dx_i = -sum_j P_ij (v_j - <u_i, v_j> u_i) / |x_i|, for unit vectors u of x, v of y, and a constant P."""
+    text, text_mask, speech, speech_mask = batch(kind, (3, 9), (12,), 6, torch.float64)
+    text_gradient, y = torch.zeros_like(text), speech[0][speech_mask[0]]
+    found = torch.zeros(2, 1, dtype=torch.float64)
+    for i, mask in enumerate(text_mask):
+        x = text[i][mask]
+        u, v = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
+        plan = entropic_plan(u, v)
+        found[i] = (plan * (1 - u @ v.T)).sum()
+        along = (plan * (u @ v.T)).sum(1, keepdim=True)
+        text_gradient[i, mask] = -(plan @ v - along * u) / x.norm(dim=-1, keepdim=True)
+    text.requires_grad_()
+    matrix = transport_cost_matrix(text, text_mask, speech, speech_mask)
+    torch.testing.assert_close(matrix, found, atol=1e-10, rtol=0)
+    (gradient,) = torch.autograd.grad(matrix.sum(), text)
+    assert relative_error(gradient, text_gradient, text_mask) < 1e-6
+
+
 def test_layers_in_one_call_equal_one_call_each():
     text, text_mask, speech, speech_mask = batch("random", (3, 9, 4), (20, 1, 8), 16)
     text, speech = torch.stack([text, text.flip(-1)]), torch.stack([speech, speech * 2 + 1])
@@ -156,16 +226,22 @@ def test_layers_in_one_call_equal_one_call_each():
         assert (found[1][:, ~text_mask] == 0).all() and (found[2][:, speech_mask] != 0).any()
 
 
-@pytest.mark.parametrize("options", [{}, dict(diameter=None)])
+@pytest.mark.parametrize(
+    "distance",
+    [
+        *DISTANCES,
+        *(partial(distance, diameter=None) for distance in (wasserstein_distance_matrix, transport_cost_matrix)),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_states_are_accumulated_in_float32(dtype, options):
+def test_low_precision_states_are_accumulated_in_float32(dtype, distance):
     sides = [
         side / 100 if side.is_floating_point() else side for side in batch("random", (30, 12), (90, 40), 512, dtype)
     ]
     wide = [side.float() if side.is_floating_point() else side for side in sides]
     with torch.autocast("cpu", torch.bfloat16):
-        found = with_gradients(partial(wasserstein_distance_matrix, **options), *sides)
-    expected = with_gradients(partial(wasserstein_distance_matrix, **options), *wide)
+        found = with_gradients(distance, *sides)
+    expected = with_gradients(distance, *wide)
     assert found[0].dtype == torch.float32 and found[1].dtype == found[2].dtype == dtype
     torch.testing.assert_close(found[0], expected[0], atol=1e-6, rtol=0)
     for gradient, expected_gradient, mask in zip(found[1:], expected[1:], sides[1::2]):
@@ -194,8 +270,10 @@ def test_identical_sequences_are_at_distance_0_and_none_is_nearer(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_exact_transport_equals_pot(kind):
-    sides = batch(kind, (1, 9, 60), (50, 1, 9, 120), 64)
+@pytest.mark.parametrize("text_lengths, speech_lengths, dim", [
+    ((1, 9, 60), (50, 1, 9, 120), 64), (drawn(2, 0), drawn(2, 7), 576), (drawn(1, 13), drawn(1, 1), 4096)])  # fmt: skip
+def test_exact_transport_equals_pot(kind, text_lengths, speech_lengths, dim):
+    sides = batch(kind, text_lengths, speech_lengths, dim)
     found, *gradients = with_gradients(exact_wasserstein_distance_matrix, *sides)
     wide = [side.double() if side.is_floating_point() else side for side in sides]
 
@@ -318,9 +396,24 @@ def test_bad_settings_are_named(distance):
 
 def test_similarities_are_minus_the_distances():
     sides = batch("random", (4, 6), (9, 3), 8)
-    names = "wasserstein", "exact_wasserstein", "transport_cost"
-    for name, distance in zip(names, DISTANCES):
+    names = "wasserstein", "exact_wasserstein", "transport_cost", "wasserstein_geomloss"
+    for name, distance in zip(names, (*DISTANCES, partial(wasserstein_distance_matrix, diameter=None)), strict=True):
         assert (SIMILARITIES[name](*sides) == -distance(*sides)).all()
+
+
+def test_the_loss_exactly_as_published():
+    """Cross-entropy of minus GeomLoss's divergences, each pair with the diameter that GeomLoss gives it, over tau."""
+    sides = batch("clustered", (3, 9, 5), (12, 7, 20), 16)
+    text, text_mask, speech, speech_mask = sides
+    wide = [side.double() if side.is_floating_point() else side for side in sides]
+    reference = SamplesLoss("sinkhorn", p=2, blur=0.05)
+    expected = F.cross_entropy(-by_pair(*wide, reference) / 0.1, torch.arange(3)).item()
+    found = {
+        name: layerwise_contrastive_loss({4: text}, text_mask, {4: speech}, speech_mask, similarity=name)["loss"].item()
+        for name in ("wasserstein_geomloss", "wasserstein")
+    }
+    assert found["wasserstein_geomloss"] == pytest.approx(expected, abs=1e-5)
+    assert abs(found["wasserstein"] - expected) > 1e-4
 
 
 def test_without_pot_the_extra_is_named(monkeypatch):

@@ -1,5 +1,8 @@
 """Contrastive pretraining: it learns, moves the projector only, runs no layer too many, and weighs every batch right."""
 
+import json
+from collections import Counter
+
 import pytest
 import torch
 from tiny import tiny_processor, tiny_tokenizer, tone
@@ -140,6 +143,35 @@ def test_cached_and_computed_states_give_the_same_loss(tmp_path, similarity):
     torch.testing.assert_close(gradient, expected_gradient, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_caches_are_filled_in_the_precision_of_training(tmp_path, bf16):
+    """fp32 weights, under autocast or not. (In bf16 an utterance's states vary in the last bit with its batch.)"""
+
+    def first_loss(**caches):
+        trainer = contrastive(tmp_path, layers="0,1,3", max_steps=1, bf16=bf16, **caches)
+        trainer.train()
+        return trainer.state.log_history[0]["loss_contrastive"]
+
+    expected = first_loss()
+    for caches in ({"feature_cache": str(tmp_path)}, {"text_state_cache": str(tmp_path)}):
+        assert first_loss(**caches) == pytest.approx(expected, abs=1e-4 if bf16 else 1e-5)
+
+
+def test_the_tokens_of_cached_texts_count_once_however_warm_the_cache(tmp_path):
+    rows = [*tiny_rows(6), {**tiny_rows(1)[0], "id": "said again"}]
+    for layers in ("0,2", "0,2", "0"):  # cold, warm, and without any layer of the LLM
+        trainer = contrastive(
+            tmp_path, train=rows, held_out=tiny_rows(4, 8), layers=layers, text_state_cache=str(tmp_path)
+        )
+        tokenize = trainer.processing_class.tokenizer
+        ids = [tokenize(row["text"], add_special_tokens=False).input_ids for row in rows[:6]]
+        assert trainer.llm_tokens == (sum(len(trainer.prefix) + len(text) for text in ids) if layers == "0,2" else 0)
+    trainer = contrastive(tmp_path, train=rows, layers="0,2", max_steps=1, text_state_cache=str(tmp_path))
+    before, batch = trainer.llm_tokens, batch_of(trainer)
+    trainer.compute_loss(trainer.model, dict(batch))
+    assert trainer.llm_tokens == before + batch["attention_mask"].sum()  # the speech side
+
+
 def test_the_loss_is_the_objective_of_separate_passes(tmp_path):
     trainer = contrastive(tmp_path, layers="0,3", symmetric=True, temperature=0.5)
     model, processor = trainer.speechllm, trainer.processing_class
@@ -219,7 +251,8 @@ def test_unusable_utterances_are_set_aside_and_listed(tmp_path, cached):
     metrics = trainer.evaluate()
     assert set(trainer.set_aside) == {"utterance 2", "utterance 5", "utterance 7", "utterance 17"}
     listed = (tmp_path / "set_aside.jsonl").read_text()
-    assert len(listed.splitlines()) == 4
+    kinds = Counter(json.loads(line)["kind"] for line in listed.splitlines())
+    assert kinds == {"audio cannot be decoded": 3, "lacks what this training needs": 1}
     for word in ("silent", "nowhere.wav", "`text`", "too short"):
         assert word in listed
     assert metrics["eval_recall@5_mean"] == 1  # 4 are left

@@ -11,7 +11,7 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 from test_contrastive_trainer import LayerCalls
-from tiny import tiny_processor
+from tiny import tiny_processor, tone
 from tiny_training import (
     batch_of,
     contrastive,
@@ -21,10 +21,11 @@ from tiny_training import (
     save_base_models,
     tiny_rows,
     tiny_trainable,
+    uneven_rows,
     weights_of,
 )
 from torch.nn import functional as F
-from transformers import TrainerCallback
+from two_processes import Watch
 
 from speechllm.data.forced_alignment import aligned_row
 from speechllm.data.joining import joined_rows
@@ -110,7 +111,8 @@ def test_mixed_term_is_next_word_prediction_on_spliced_rows(tmp_path, text):
     trainer = contrastive(tmp_path, model, rows, **ALONE, mixed_weight=1.0, seed=7)
     trainer.state.global_step = 5
     model.train()
-    found = trainer.terms.mixed(states_of(trainer, batch_of(trainer)))["loss"]
+    batch = batch_of(trainer)
+    found = trainer.terms.mixed(states_of(trainer, batch))["loss"] / trainer.terms.counts([batch])["mixed"]
 
     processor, losses = trainer.processing_class, []
     prefix = torch.tensor(trainer.prefix)
@@ -228,7 +230,8 @@ def test_the_loss_is_the_weighted_sum_and_only_the_projector_moves(tmp_path):
         name = name.removesuffix("_weight")
         states = trainer.aligned_states(trainer.model, trainer.on_device(dict(batch)), [0, 2])
         model.train()
-        single[name] = weight * trainer.objectives[name][1](states)["loss"].item()
+        count = trainer.terms.counts([batch]).get(name, 1)
+        single[name] = weight * (trainer.objectives[name][1](states)["loss"] / count).item()
     loss, gradient = loss_and_gradient(trainer, batch)
     assert loss == pytest.approx(sum(single.values()), abs=1e-5) and all(value > 0 for value in single.values())
     assert all(p.grad is None for name, p in model.named_parameters() if "projector." not in name)
@@ -258,45 +261,46 @@ def test_cached_and_computed_frames_give_the_same_terms(tmp_path):
     torch.testing.assert_close(cached_gradient, gradient, atol=1e-5, rtol=1e-4)
 
 
-def test_accumulation_averages_the_batches(tmp_path):
-    rows = rows_with_words()
-    options = {"train": rows, "layers": "0,2", "per_device_train_batch_size": 2, "max_steps": 1, **ALL}
-    trainer = contrastive(tmp_path, gradient_accumulation_steps=2, max_grad_norm=0.0, **options)
-    found, batches = [], []
-
-    class Watch(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            found.append(gradient_of(trainer.speechllm))
-
-    original = trainer.get_batch_samples
-    trainer.get_batch_samples = lambda *args: [batches.extend(original(*args)[0]) or batches[:], None]
-    trainer.add_callback(Watch())
+def one_step(folder, rows, **options):
+    """The projector's gradient, and the logged losses, of the first optimiser step."""
+    trainer = contrastive(folder, train=rows, max_steps=1, max_grad_norm=0.0, **options)
+    trainer.add_callback(watch := Watch(trainer))
     trainer.train()
-    assert len(batches) == 2
-    other = contrastive(tmp_path, **options)
-    gradients = [loss_and_gradient(other, batch_of(other, batch["rows"]))[1] for batch in batches]
-    torch.testing.assert_close(found[0], sum(gradients) / 2, atol=1e-5, rtol=1e-4)
+    log = next(log for log in trainer.state.log_history if "loss" in log)
+    return watch.gradients[0], {name: value for name, value in log.items() if name.startswith("loss")}
 
 
-def test_terms_of_chunks_are_averaged(tmp_path):
-    """GradCache: where all rows have as many tokens, the mean of the chunks' terms is the batch's."""
-    rows = [
-        {**row, "audio": row["audio"][:4800], "text": f"same size {i}"}
-        for i, row in enumerate(tiny_rows(8, seconds=0.3))
+@pytest.mark.parametrize("name", ALL)
+def test_a_term_does_not_depend_on_accumulation(tmp_path, name):
+    rows = uneven_rows(8)  # all of them are one step
+    rows[5] = {**rows[5], "audio": tone(0.3) * 0}  # is set aside: batches differ in their number of rows too
+    expected, logs = one_step(tmp_path, rows, per_device_train_batch_size=8, **ALONE, **{name: 2.0})
+    assert expected.abs().max() > 1e-3
+    for size in (4, 2):
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size, **ALONE, name: 2.0}
+        gradient, split_logs = one_step(tmp_path, rows, **options)
+        torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=0)
+        assert split_logs == pytest.approx(logs, abs=1e-5)
+
+
+def test_terms_do_not_depend_on_chunks(tmp_path):
+    options = {"layers": "0,2", "per_device_train_batch_size": 8, **ALL}
+    expected, logs = one_step(tmp_path, uneven_rows(8), **options)
+    for chunk in (2, 3):
+        gradient, chunk_logs = one_step(tmp_path, uneven_rows(8), gradcache_chunk=chunk, **options)
+        torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=0)
+        assert chunk_logs == pytest.approx(logs, abs=1e-5)
+
+
+def test_held_out_terms_do_not_depend_on_the_batch_size(tmp_path):
+    rows = uneven_rows(8)
+    found = [
+        contrastive(tmp_path, train=rows, held_out=rows, per_device_eval_batch_size=size, **ALL).evaluate()
+        for size in (8, 3)
     ]
-    options = {"train": rows, "layers": "0,2", "next_token_weight": 0.5, "distillation_weight": 2.0, "max_steps": 1,
-               "max_grad_norm": 0.0, "length_window": 0}  # fmt: skip
-    found = []
-    for chunk in (0, 2):
-        trainer = contrastive(tmp_path, gradcache_chunk=chunk, **options)
-
-        class Watch(TrainerCallback):
-            def on_pre_optimizer_step(self, args, state, control, trainer=trainer, **kwargs):
-                found.append(gradient_of(trainer.speechllm))
-
-        trainer.add_callback(Watch())
-        trainer.train()
-    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
+    for name in ALL:
+        name = f"eval_loss_{name.removesuffix('_weight')}"
+        assert found[0][name] == pytest.approx(found[1][name], abs=1e-5) and found[0][name] > 0
 
 
 def test_resumption_goes_on_with_the_same_mixtures(tmp_path):
@@ -312,6 +316,28 @@ def test_resumption_goes_on_with_the_same_mixtures(tmp_path):
         assert torch.equal(value, weights_of(resumed.speechllm)[name]), name
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_what_is_not_finite_is_named_without_the_contrastive_loss_too(tmp_path, name):
+    rows = uneven_rows(4)
+    rows[1] = aligned_row({**rows[1], "text": "qq zz qq zz qq"}, None)
+    trainer = contrastive(tmp_path, train=rows, **ALONE, **{name: 1.0}, mixed_speech_probability=0.01)
+    for bad in (torch.nan, torch.inf):
+        batch = batch_of(trainer)
+        batch["input_values"][2] = bad
+        with pytest.raises(ValueError, match=r"speech tokens of items \[2\] of the batch hold NaN.*learning rate"):
+            loss_and_gradient(trainer, batch)
+    if name == "norm_weight":
+        return
+    tokenizer = trainer.processing_class.tokenizer
+    (letter,) = tokenizer("zz zz", add_special_tokens=False).input_ids[-1:]
+    assert not any(letter in tokenizer(row["text"]).input_ids for row in rows if row is not rows[1])
+    with torch.no_grad():
+        trainer.speechllm.get_input_embeddings().weight[letter] = torch.inf
+    side = "transcripts" if name == "distillation_weight" else "speech"
+    with pytest.raises(ValueError, match=rf"LLM's states after the {side} of items \[1\] of the batch"):
+        loss_and_gradient(trainer, batch_of(trainer))
+
+
 # ---- what cannot be ------------------------------------------------------------------------------------------------
 
 
@@ -322,8 +348,8 @@ def test_rows_that_a_term_cannot_use_are_set_aside(tmp_path):
     rows[4]["words"] = [{"word": "one", "start": "0.0"}]
     trainer = contrastive(tmp_path, train=rows, mixed_weight=1.0)
     assert set(trainer.set_aside) == {"utterance 2", "utterance 3", "utterance 4"}
-    assert "only punctuation" in trainer.set_aside["utterance 3"]
-    assert "speechllm align" in trainer.set_aside["utterance 2"]
+    assert "only punctuation" in trainer.set_aside["utterance 3"].reason
+    assert "speechllm align" in trainer.set_aside["utterance 2"].reason
     rows = [{**row, "target": "x"} if i else row for i, row in enumerate(tiny_rows(6))]
     trainer = contrastive(tmp_path, train=rows, distillation_weight=1.0, distillation_target="target")
     assert set(trainer.set_aside) == {"utterance 0"}

@@ -7,7 +7,7 @@ import torch
 import torch.multiprocessing
 from accelerate.state import AcceleratorState
 from tiny import tone
-from tiny_training import contrastive, gradient_of, tiny_rows, tiny_trainable, weights_of
+from tiny_training import contrastive, gradient_of, tiny_rows, tiny_trainable, uneven_rows, weights_of
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -41,6 +41,7 @@ class Watch(TrainerCallback):
         self.gradients.append(gradient_of(self.trainer.speechllm).clone())
 
 
+TERMS = {"next_token_weight": 0.5, "mixed_weight": 0.25, "distillation_weight": 2.0, "norm_weight": 0.1}
 RUNS = {
     "cosine": {"symmetric": True},
     "tokens": {"similarity": late_interaction},
@@ -53,6 +54,9 @@ RUNS = {
     "learned": {"temperature_learned": True, "layer_weights": "learned", "learning_rate": 1e-3, "max_steps": 3},
     "negatives": {"symmetric": True, "text_bank": 3, "hard_negatives": 2, "hard_negatives_refresh": 2, "max_steps": 3},
     "negatives of tokens": {"symmetric": True, "text_bank": 3, "hard_negatives": 1, "similarity": late_interaction},
+    "terms": {"rows": uneven_rows, **TERMS},
+    "terms gradcache": {"rows": uneven_rows, "gradcache_chunk": 3, **TERMS},
+    "terms unusable": {"rows": uneven_rows, "unusable": [1, 4, 5, 6, 7], "contrastive_weight": 0.0, **TERMS},
     "per device": {"gather_negatives": False},
     "not finite": {"not_finite": [5]},
 }
@@ -69,7 +73,7 @@ def run(name, folder, processes=1):
         **RUNS[name],
     }
     unusable, not_finite = options.pop("unusable", []), options.pop("not_finite", [])
-    rows = tiny_rows(8 if unusable or not_finite else 24)
+    rows = options.pop("rows", tiny_rows)(8 if unusable or not_finite else 24)
     if unusable or not_finite:
         probe = contrastive(folder, train=rows, per_device_train_batch_size=8 // processes, **options)
         probe.get_train_dataloader()
