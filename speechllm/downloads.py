@@ -283,7 +283,7 @@ def read_debian_members(path: Path, wanted: Callable[[str], bool]) -> Iterator[t
 _DELETE_IT = "Delete it and run again to fetch it anew."
 
 
-def build_once(folder: Path, provenance: dict[str, Any], build: Callable[[Path], None]) -> Path:
+def build_once(folder: Path, provenance: dict[str, Any], build: Callable[[Path], None], resume: bool = False) -> Path:
     """Return `folder`, built by `build(temporary_folder)` unless it exists with the same provenance.
 
     The provenance (what the folder was made from: pins, format version) is stored in it as `source.json`. The folder
@@ -292,14 +292,20 @@ def build_once(folder: Path, provenance: dict[str, Any], build: Callable[[Path],
     Args:
         folder: where the result belongs, inside the cache.
         provenance: JSON-serialisable description of the inputs; a change rebuilds the folder.
-        build: fills the empty temporary folder it is given.
+        build: fills the temporary folder it is given, which is empty unless it resumes.
+        resume: keep the temporary folder of a build that failed or was interrupted, and give it to the next one of the
+            same provenance.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{folder.name}.lock"):
         recorded = folder / "source.json"
         if recorded.exists() and json.loads(recorded.read_text(encoding="utf-8")) == provenance:
             return folder
-        partial = _empty_folder(folder.parent / f".{folder.name}.partial")
+        partial, begun = folder.parent / f".{folder.name}.partial", folder.parent / f".{folder.name}.begun"
+        if not (resume and partial.is_dir() and begun.exists() and json.loads(begun.read_text()) == provenance):
+            _empty_folder(partial)
+        if resume:
+            begun.write_text(json.dumps(provenance), encoding="utf-8")
         try:
             build(partial)
             (partial / "source.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
@@ -307,6 +313,8 @@ def build_once(folder: Path, provenance: dict[str, Any], build: Callable[[Path],
                 logger.info("%s was made from other sources; it is replaced.", folder)
                 shutil.rmtree(folder)
             os.replace(partial, folder)
+            begun.unlink(missing_ok=True)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            if not resume:
+                shutil.rmtree(partial, ignore_errors=True)
     return folder

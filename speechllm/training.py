@@ -11,6 +11,7 @@ from transformers import AutoProcessor, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from .configuration_speechllm import SpeechLLMProjectorConfig
+from .data.checking import counted
 from .data.mixtures import fraction_of, interleaved, mixture
 from .data.prompts import PROMPTS, with_drawn_prompt
 from .data.schema import Row, SetAside, with_ids
@@ -19,6 +20,7 @@ from .data.splits import split_by_cluster
 from .modeling_speechllm import SpeechLLMForConditionalGeneration
 from .processing_speechllm import SpeechLLMProcessor
 from .recipes import UsageError
+from .saving import explained_saving
 from .trainers import SpeechLLMTrainer, SpeechLLMTrainingArguments
 
 
@@ -42,6 +44,13 @@ class ModelArguments:
     dtype: str | None = field(default=None, metadata={"help": "dtype of the frozen parts, e.g. bfloat16."})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention: 'sdpa', 'eager' (faster to train on a CPU), 'flash_attention_2'."}
+    )
+    frozen_in_train_mode: bool = field(
+        default=False,
+        metadata={
+            "help": "Train with dropout, SpecAugment and layer drop in the frozen parts, as the published code probably "
+            "did; the checkpoint keeps this."
+        },
     )
 
     def __post_init__(self):
@@ -211,17 +220,20 @@ def load_model(
         options["dtype"] = getattr(torch, settings.dtype)
     if settings.model:
         model = SpeechLLMForConditionalGeneration.from_pretrained(settings.model, **options)
-        return model, AutoProcessor.from_pretrained(settings.model)
-    model = SpeechLLMForConditionalGeneration.from_speech_text_pretrained(
-        settings.speech_model,
-        settings.text_model,
-        speech_revision=settings.speech_revision,
-        text_revision=settings.text_revision,
-        speech_layer=settings.speech_layer,
-        **options,
-        **(settings.projector or {}),
-    )
-    return model, SpeechLLMProcessor.from_config(model.config)
+        processor = AutoProcessor.from_pretrained(settings.model)
+    else:
+        model = SpeechLLMForConditionalGeneration.from_speech_text_pretrained(
+            settings.speech_model,
+            settings.text_model,
+            speech_revision=settings.speech_revision,
+            text_revision=settings.text_revision,
+            speech_layer=settings.speech_layer,
+            **options,
+            **(settings.projector or {}),
+        )
+        processor = SpeechLLMProcessor.from_config(model.config)
+    model.config.frozen_in_train_mode |= settings.frozen_in_train_mode
+    return model, processor
 
 
 def run_training(trainer: SpeechLLMTrainer) -> None:
@@ -233,16 +245,18 @@ def run_training(trainer: SpeechLLMTrainer) -> None:
         print(f"Resuming from {resume}", flush=True)
     trainer.train(resume_from_checkpoint=resume)
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
-    trainer.save_model()
-    trainer.save_state()
-    if arguments.should_save:
-        if metrics:
+    with explained_saving(folder):
+        trainer.save_model()
+        trainer.save_state()
+        if metrics and arguments.should_save:
             trainer.save_metrics("eval", metrics)
+    if arguments.should_save:
         for name, value in sorted(metrics.items()):
             if isinstance(value, float) and (
                 "_mean" in name or name == "eval_loss" or name.removeprefix("eval_").split("_")[0] in PROMPTS
             ):
                 print(f"{name.removeprefix('eval_'):<20}{value:.4f}")
         if trainer.set_aside:
-            print(f"{len(trainer.set_aside)} utterance(s) set aside, see {folder / 'set_aside.jsonl'}")
+            print("\n".join(counted(trainer.set_aside.values())))
+            print(f"{len(trainer.set_aside)} utterance(s) set aside in all, see {folder / 'set_aside.jsonl'}")
         print(f"Saved to {folder}")

@@ -24,7 +24,8 @@ for module in pkgutil.walk_packages(speechllm.__path__, "speechllm."):
         importlib.import_module(module.name)
 package = pathlib.Path(speechllm.__file__).parent
 for name in ("quickstart/report.html.jinja", "evaluation/page.css", "evaluation/report.html.jinja", "hub/model_card.md",
-             "reproduction/results.html.jinja", "evaluation/metrics/modules/wer/wer.py"):
+             "reproduction/results.html.jinja", "evaluation/metrics/modules/wer/wer.py",
+             "evaluation/metrics/english_spellings.json", "evaluation/metrics/english_spellings.LICENSE"):
     assert (package / name).is_file(), f"package data is missing: {name}"
 print("wheel ok:", speechllm.__version__)
 PYTHON

@@ -269,6 +269,22 @@ def test_build_once_builds_again_only_for_another_source(tmp_path):
     assert {path.name for path in folder.parent.iterdir()} == {"thing", ".thing.lock"}
 
 
+def test_an_interrupted_build_resumes_where_it_may(tmp_path):
+    def build(folder):
+        if not (folder / "first half").exists():
+            (folder / "first half").touch()
+            raise KeyboardInterrupt
+        (folder / "second half").touch()
+
+    with pytest.raises(KeyboardInterrupt):
+        downloads.build_once(tmp_path / "thing", {"v": 1}, build, resume=True)
+    with pytest.raises(KeyboardInterrupt):  # what another source began is of no use
+        downloads.build_once(tmp_path / "thing", {"v": 2}, build, resume=True)
+    folder = downloads.build_once(tmp_path / "thing", {"v": 2}, build, resume=True)
+    assert {path.name for path in folder.iterdir()} == {"first half", "second half", "source.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"thing", ".thing.lock"}
+
+
 def test_failing_build_keeps_what_was_there(tmp_path):
     folder = downloads.build_once(tmp_path / "thing", {"v": 1}, lambda folder: (folder / "result").touch())
 

@@ -52,13 +52,25 @@ class Loaded:
         lines = [f"{name}: {len(self.rows):,} rows{hours}{by_task}"]
         if self.left_out:
             lines.append(f"  {self.left_out:,} left out by the limits on their duration")
-        causes: dict[str, list[SetAside]] = defaultdict(list)
-        for item in self.set_aside:
-            causes[item.kind].append(item)
-        for kind, items in sorted(causes.items(), key=lambda cause: -len(cause[1])):
+        for kind, items in by_cause(self.set_aside):
             lines.append(f"  {len(items):,} set aside: {kind}")
             lines += [f"    {item.reason}" for item in items[:EXAMPLES]]
         return "\n".join(lines)
+
+
+def by_cause(set_aside: Iterable[SetAside]) -> list[tuple[str, list[SetAside]]]:
+    """The causes and what was set aside for each, the most frequent first."""
+    causes: dict[str, list[SetAside]] = defaultdict(list)
+    for item in set_aside:
+        causes[item.kind].append(item)
+    return sorted(causes.items(), key=lambda cause: -len(cause[1]))
+
+
+def counted(set_aside: Iterable[SetAside]) -> list[str]:
+    """A line for each cause: how often, and an example."""
+    return [
+        f"{len(items):,} utterance(s) set aside: {kind}; e.g. {items[0].reason}" for kind, items in by_cause(set_aside)
+    ]
 
 
 def check_rows(rows: Iterable[Row | SetAside], name: str, strict: bool = False, answers: bool = True) -> Loaded:
@@ -158,6 +170,8 @@ def duration_of(audio: Any, sampling_rate: int | None = None) -> float:
             return float(audio["duration"])
         if audio.get("array") is not None:
             return duration_of(audio["array"], audio.get("sampling_rate", sampling_rate))
+        if not any(audio.get(name) for name in ("bytes", "path")):
+            raise AudioError("The audio is a dict without `array`, `bytes` or `path`. Give one of them.")
         inner = audio.get("bytes") or (read_bytes(audio) if audio.get("byte_length") else audio.get("path"))
         return duration_of(inner) - float(audio.get("offset") or 0)
     if not isinstance(audio, str | os.PathLike | bytes):

@@ -43,7 +43,7 @@ class SpeechItems(Dataset):
             speech, frames = self._speech(row)
             return {"index": index, **speech, **self._text(row, frames)}
         except AudioError as error:
-            return SetAside(row["id"], str(error))
+            return SetAside(row["id"], str(error), "audio cannot be decoded")
 
     def first_usable(self) -> dict[str, Any]:
         """The first item that can be used; stands in where a whole batch cannot.

@@ -53,6 +53,31 @@ WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "Listen, then answer in a few words: {question}",
             "{question} Answer with words from the recording.",
         ),
+        "de": (
+            "Beantworte die Frage zur Aufnahme: {question}",
+            "Hör zu und antworte dann mit wenigen Worten: {question}",
+            "{question} Antworte mit Wörtern aus der Aufnahme.",
+        ),
+        "es": (
+            "Responde a la pregunta sobre la grabación: {question}",
+            "Escucha y luego responde en pocas palabras: {question}",
+            "{question} Responde con palabras de la grabación.",
+        ),
+        "fr": (
+            "Réponds à la question sur l'enregistrement : {question}",
+            "Écoute, puis réponds en quelques mots : {question}",
+            "{question} Réponds avec des mots de l'enregistrement.",
+        ),
+        "it": (
+            "Rispondi alla domanda sulla registrazione: {question}",
+            "Ascolta, poi rispondi in poche parole: {question}",
+            "{question} Rispondi con parole della registrazione.",
+        ),
+        "ru": (
+            "Ответь на вопрос о записи: {question}",
+            "Послушай и ответь в нескольких словах: {question}",
+            "{question} Ответь словами из записи.",
+        ),
     },
     "traits": {
         "en": (
@@ -60,21 +85,98 @@ WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "Listen to the {trait}. Which of these is it: {choices}?",
             "Choose what describes the {trait} best: {choices}.",
         ),
+        "de": (
+            "Bestimme Folgendes: {trait}. Antworte mit einer dieser Möglichkeiten: {choices}.",
+            "Achte auf dieses Merkmal: {trait}. Was davon trifft zu: {choices}?",
+            "Wähle, was dieses Merkmal ({trait}) am besten beschreibt: {choices}.",
+        ),
+        "es": (
+            "Indica lo siguiente: {trait}. Responde con una de estas opciones: {choices}.",
+            "Fíjate en esta característica: {trait}. ¿Cuál de estas opciones es la correcta: {choices}?",
+            "Elige lo que mejor describe esta característica ({trait}): {choices}.",
+        ),
+        "fr": (
+            "Indique ceci : {trait}. Réponds par l'un de ces choix : {choices}.",
+            "Fais attention à cette caractéristique : {trait}. Laquelle de ces réponses convient : {choices} ?",
+            "Choisis ce qui décrit le mieux cette caractéristique ({trait}) : {choices}.",
+        ),
+        "it": (
+            "Indica quanto segue: {trait}. Rispondi con una di queste opzioni: {choices}.",
+            "Fai attenzione a questa caratteristica: {trait}. Quale di queste opzioni è giusta: {choices}?",
+            "Scegli ciò che descrive meglio questa caratteristica ({trait}): {choices}.",
+        ),
+        "ru": (
+            "Определи следующее: {trait}. Ответь одним из вариантов: {choices}.",
+            "Обрати внимание на этот признак: {trait}. Какой из вариантов верен: {choices}?",
+            "Выбери, что лучше всего описывает этот признак ({trait}): {choices}.",
+        ),
     },
 }
 NOT_A_TRANSCRIPT = {"st", "sqa", "traits"}  # tasks whose answer is never the transcript
 PROMPTS = {task: wordings["en"][0] for task, wordings in WORDINGS.items()}
 
-# Traits as an instruction calls them; others go by their own name.
+# Traits as an instruction in each language calls them; others go by their own name. Choices stay as the data has them.
 TRAITS = {
-    "gender": "gender of the speaker",
-    "rate": "speaking rate",
-    "noise": "level of noise",
-    "reverberation": "reverberation of the room",
-    "monotony": "intonation",
-    "quality": "quality of the recording",
-    "pitch": "pitch of the voice",
-    "speaker": "identity of the speaker",
+    "en": {
+        "gender": "gender of the speaker",
+        "rate": "speaking rate",
+        "noise": "level of noise",
+        "reverberation": "reverberation of the room",
+        "monotony": "intonation",
+        "quality": "quality of the recording",
+        "pitch": "pitch of the voice",
+        "speaker": "identity of the speaker",
+    },
+    "de": {
+        "gender": "Geschlecht der sprechenden Person",
+        "rate": "Sprechtempo",
+        "noise": "Stärke des Rauschens",
+        "reverberation": "Nachhall des Raums",
+        "monotony": "Satzmelodie",
+        "quality": "Qualität der Aufnahme",
+        "pitch": "Tonhöhe der Stimme",
+        "speaker": "Identität der sprechenden Person",
+    },
+    "es": {
+        "gender": "género de la persona que habla",
+        "rate": "velocidad del habla",
+        "noise": "nivel de ruido",
+        "reverberation": "reverberación de la sala",
+        "monotony": "entonación",
+        "quality": "calidad de la grabación",
+        "pitch": "tono de la voz",
+        "speaker": "identidad de la persona que habla",
+    },
+    "fr": {
+        "gender": "sexe de la personne qui parle",
+        "rate": "débit de parole",
+        "noise": "niveau de bruit",
+        "reverberation": "réverbération de la pièce",
+        "monotony": "intonation",
+        "quality": "qualité de l'enregistrement",
+        "pitch": "hauteur de la voix",
+        "speaker": "identité de la personne qui parle",
+    },
+    "it": {
+        "gender": "genere di chi parla",
+        "rate": "velocità del parlato",
+        "noise": "livello di rumore",
+        "reverberation": "riverbero della stanza",
+        "monotony": "intonazione",
+        "quality": "qualità della registrazione",
+        "pitch": "altezza della voce",
+        "speaker": "identità di chi parla",
+    },
+    "ru": {
+        "gender": "пол говорящего",
+        "rate": "темп речи",
+        "noise": "уровень шума",
+        "reverberation": "реверберация помещения",
+        "monotony": "интонация",
+        "quality": "качество записи",
+        "pitch": "высота голоса",
+        "speaker": "личность говорящего",
+    },
 }
 
 
@@ -93,7 +195,8 @@ def with_drawn_prompt(row: Row, seed: int = 0, languages: Sequence[str] = ("en",
     Args:
         row: of the schema; one that cannot be prompted comes back as it is, for `chat_of` to say why.
         seed: of the draw; the same seed and id give the same wording, wherever the row stands.
-        languages: of the instructions: codes, or "answer" for the language that the answer is in.
+        languages: of the instructions: codes, or "answer" for the language that the answer is in (of questions and
+            traits: the recording's).
     """
     task = row.get("task", "asr")
     if row.get("prompt") is not None or task not in WORDINGS:
@@ -102,16 +205,17 @@ def with_drawn_prompt(row: Row, seed: int = 0, languages: Sequence[str] = ("en",
     wanted = [answer if language == "answer" else language for language in languages]
     # An instruction in German asks for German: it fits no other answer.
     codes = [code for code in dict.fromkeys(wanted) if code == "en" or code == answer]
-    wordings = [wording for code in codes for wording in WORDINGS[task].get(code, ())] or WORDINGS[task]["en"]
+    wordings = [(wording, code) for code in codes for wording in WORDINGS[task].get(code, ())]
+    wordings = wordings or [(wording, "en") for wording in WORDINGS[task]["en"]]
     name = row.get("id") or row.get("text")  # rows of a stream may have no id
     try:
-        return {**row, "prompt": filled(row, random.Random(f"prompt {seed} {name}").choice(wordings))}
+        return {**row, "prompt": filled(row, *random.Random(f"prompt {seed} {name}").choice(wordings))}
     except ValueError:
         return row
 
 
-def filled(row: Row, wording: str | None) -> str:
-    """A wording with the row's columns in the place of their names.
+def filled(row: Row, wording: str | None, language: str = "en") -> str:
+    """A wording, which is in `language`, with the row's columns in the place of their names.
 
     Raises:
         ValueError: if there is no wording, or the row lacks what it names.
@@ -123,7 +227,7 @@ def filled(row: Row, wording: str | None) -> str:
     if "target_language" in values:
         values["target_language"] = LANGUAGES.get(values["target_language"], values["target_language"])
     if "trait" in values:
-        values["trait"] = TRAITS.get(values["trait"], values["trait"])
+        values["trait"] = TRAITS[language].get(values["trait"], values["trait"])
     if "choices" in values:
         values["choices"] = ", ".join(values["choices"])
     try:

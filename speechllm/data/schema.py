@@ -23,7 +23,7 @@ import csv
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,6 +52,14 @@ class SetAside:
     id: str
     reason: str
     kind: str = "unusable"
+
+
+def unusable(row: Row, problem: Callable[[Row], str | None]) -> SetAside | None:
+    """The row, if it has no audio or a stage of training has a `problem` with it."""
+    if row.get("audio") is None:
+        return SetAside(row["id"], f"{row['id']} has no `audio`. Give it one.", "no audio")
+    reason = problem(row)
+    return SetAside(row["id"], reason, "lacks what this training needs") if reason else None
 
 
 def load_rows(path: str | os.PathLike, columns: dict[str, str] | None = None) -> list[Row]:

@@ -22,6 +22,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,8 @@ from urllib.parse import parse_qsl
 import datasets
 import yaml
 
-from .checking import Loaded, check_rows, decodable, with_durations
+from ..audio_speechllm import AudioError
+from .checking import Loaded, check_rows, decodable, duration_of, with_durations
 from .corpora.covost import covost, fleurs
 from .corpora.generic import METADATA, hub, shards, transcribed_folder, webdataset
 from .corpora.gigaspeech import gigaspeech
@@ -270,7 +272,7 @@ def stream_source(
     WebDataset shards and data sets of the Hub have a shard per file; anything else is one.
 
     Args:
-        spec, columns, minimum_seconds, maximum_seconds: see `load_source`; no header is read for a duration.
+        spec, columns, minimum_seconds, maximum_seconds: see `load_source`.
         packed: as `mixtures.interleaved` takes them.
 
     Raises:
@@ -308,14 +310,23 @@ def _streamed(sources: list[str], packed: bool = False) -> Iterator[Row]:
         limits = (source.minimum_seconds, source.maximum_seconds)
         for row in open_source(source):
             if isinstance(row, SetAside):
-                row = {"id": row.id, "set_aside": row.reason}
-            elif not within_limits(row, *limits):
+                row = {"id": row.id, "set_aside": {"reason": row.reason, "kind": row.kind}}
+            elif not _within_limits_by_its_audio(row, *limits):
                 continue
             yield pack(row) if packed else row
 
 
 def _kept(row: Row, only: dict[str, str], limits: tuple[float | None, float | None]) -> bool:
-    return _wanted(row, only) and within_limits(row, *limits)
+    return _wanted(row, only) and _within_limits_by_its_audio(row, *limits)
+
+
+def _within_limits_by_its_audio(row: Row, minimum_seconds: float | None, maximum_seconds: float | None) -> bool:
+    """As `within_limits`, with the duration of the audio's header where there are limits and the row tells none."""
+    limits = (minimum_seconds, maximum_seconds)
+    if limits != (None, None) and not row.get("duration") and row.get("audio") is not None:
+        with suppress(AudioError):  # the reader of the stream sets such a row aside, and says why
+            row = {**row, "duration": duration_of(row["audio"], row.get("sampling_rate"))}
+    return within_limits(row, *limits)
 
 
 def _with_columns(row: Row, added: dict[str, Any]) -> Row:

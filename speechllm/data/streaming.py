@@ -31,7 +31,7 @@ from torch.utils.data import Dataset
 
 from .items import SpeechCollator, SpeechItems, approximate_length
 from .sampling import packed_batches
-from .schema import Row, SetAside
+from .schema import Row, SetAside, unusable
 
 
 # Of a reader: `pass` through its share, `window` (buffers filled before, over all passes), `state` of the stream and rows
@@ -134,10 +134,10 @@ class StreamBatches(Dataset):
         rows = list(position["carried"])
         for number, row in enumerate(new, position["window"] * self.buffer):
             row = {**row, "id": _name(row) or f"row {number} of reader {reader}"}
-            missing = f"{row['id']} has no `audio`. Give it one." if row.get("audio") is None else None
-            reason = row.get("set_aside") or missing or self.problem(row)
-            if reason:
-                self._aside.append(SetAside(row["id"], reason))
+            if found := row.get("set_aside"):  # by `sources.stream_source`
+                self._aside.append(SetAside(row["id"], **found))
+            elif found := unusable(row, self.problem):
+                self._aside.append(found)
             else:
                 rows.append(row)
         batches, left = self._plan(rows, random.Random(f"{self.seed} {position['window']} {reader}"))

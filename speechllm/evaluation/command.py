@@ -1,7 +1,6 @@
 """`speechllm evaluate`: from settings to a model, its data, and the evaluation."""
 
 import json
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +8,8 @@ import torch
 from accelerate import PartialState
 from transformers import AutoProcessor
 
+from ..data.checking import counted
+from ..data.schema import SetAside
 from ..data.sources import load_source, read_specs
 from ..modeling_speechllm import SpeechLLMForConditionalGeneration
 from ..recipes import UsageError
@@ -40,11 +41,15 @@ class EvaluationArguments:
     bootstrap: int = field(default=1000, metadata={"help": "Resamples for the intervals; 0: none."})
     seed: int = field(default=0, metadata={"help": "Of the resamples and the paired test."})
     normalisation: str = field(default="basic", metadata={"help": "basic, whisper-basic, whisper-english or none."})
+    error_alignment: str = field(
+        default="levenshtein",
+        metadata={"help": "How errors of recognition are found: levenshtein (the fewest) or sclite (NIST's)."},
+    )
     cluster: str | None = field(
         default=None, metadata={"help": "Column of what belongs together in intervals and tests, e.g. passage_id."}
     )
     baseline: str | None = field(
-        default=None, metadata={"help": "Output folder of another evaluation, for a paired test."}
+        default=None, metadata={"help": "Output folder of another evaluation, for paired tests."}
     )
     strict: bool = field(
         default=False, metadata={"help": "Stop at the first row that cannot be used or scored, or an id used twice."}
@@ -56,6 +61,7 @@ class EvaluationArguments:
     comet_install: bool = field(default=False, metadata={"help": "Make that environment first (about 5 GB)."})
     comet_python: str | None = field(default=None, metadata={"help": "Python of an environment that has COMET."})
     comet_model: str = field(default=MODEL, metadata={"help": "COMET's model: a name on the Hub, or a .ckpt file."})
+    comet_gpus: int = field(default=0, metadata={"help": "GPUs for COMET; 0: the CPU."})
     text_abilities: bool = field(
         default=False,
         metadata={"help": "Compare the LLM's answers to text with those of the base LLM, token by token."},
@@ -75,9 +81,12 @@ class EvaluationArguments:
                 raise UsageError(f'--prompts is not JSON: {error}. Write it as \'{{"asr": "..."}}\'.') from None
             if not isinstance(self.prompts, dict) or not all(isinstance(text, str) for text in self.prompts.values()):
                 raise UsageError(f"--prompts is {self.prompts!r}; it must map tasks to prompts.")
-        for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("num_beams", 1), ("bootstrap", 0)):
+        for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("num_beams", 1), ("bootstrap", 0),
+                            ("comet_gpus", 0)):  # fmt: skip
             if getattr(self, name) < least:
                 raise UsageError(f"--{name} is {getattr(self, name)}; it must be at least {least}.")
+        if self.error_alignment not in ("levenshtein", "sclite"):
+            raise UsageError(f"--error_alignment is {self.error_alignment!r}; use levenshtein or sclite.")
         if self.dtype is not None and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise UsageError(f"--dtype is {self.dtype!r}; use float32, bfloat16 or float16.")
         if self.feature_cache and self.oracle:
@@ -91,7 +100,9 @@ def run_evaluation(settings: EvaluationArguments) -> dict[str, Any]:
     if settings.comet_install and state.is_main_process:
         create_environment()
     state.wait_for_everyone()
-    comet = {"python": settings.comet_python, "model": settings.comet_model} if settings.comet else None
+    comet = None
+    if settings.comet:
+        comet = {"python": settings.comet_python, "model": settings.comet_model, "gpus": settings.comet_gpus}
     rows, set_aside = [], []
     for source in read_specs(settings.data):
         loaded = load_source(source, settings.strict, answers=False)
@@ -118,6 +129,7 @@ def run_evaluation(settings: EvaluationArguments) -> dict[str, Any]:
         bootstrap=settings.bootstrap,
         seed=settings.seed,
         normalisation=settings.normalisation,
+        error_alignment=settings.error_alignment,
         cluster=settings.cluster,
         baseline=settings.baseline,
         strict=settings.strict,
@@ -147,25 +159,26 @@ def summary(metrics: dict[str, Any], output: str) -> list[str]:
                 low, high = values.get(f"{name}_interval") or (None, None)
                 interval = "" if low is None else f"  [{low:.4f}, {high:.4f}]"
                 lines.append(f"  {name:<22}{value:.4f}{interval}")
-        if test := found.get("against_baseline"):
-            against = (
-                f"{test['metric']} {test['difference']:+.4f}, p = {test['p']:.4g}" if test["utterances"] else "nothing"
-            )
-            lines.append(f"  against the baseline, {test['utterances']} common utterance(s): {against}")
+        if against := found.get("against_baseline"):
+            lines.append(f"  against the baseline, {against['utterances']} common utterance(s):")
+            for name, test in against["tests"].items():
+                known = test["difference"] is not None
+                said = f"{test['difference']:+.4f}  p = {test['p']:.4g}" if known else "cannot be compared"
+                lines.append(f"    {name:<20}{said}")
     if alignment := metrics["alignment"]:
         recalls = [values["recall@1"] for values in alignment["layers"].values()]
         mean = sum(recalls) / len(recalls)
         lines.append(
             f"alignment: recall@1 {mean:.4f}, mean over {len(recalls)} layers (chance {alignment['chance']:.4f})"
         )
+        if alignment["transport_left_out"]:
+            lines.append(f"alignment: no transport plans: {alignment['transport_left_out']}")
     if abilities := metrics["text_abilities"]:
         verdicts = {True: "identical to the base LLM's", False: "different from the base LLM's", None: "not compared"}
         lines.append(f"answers to text: {verdicts[abilities['identical']]}")
     if names := metrics["data"]["duplicate_ids"]:
         lines.append(f"{len(names)} id(s) used by several rows, e.g. {names[0]}; each further row got a number")
-    for kind, count in Counter(item["kind"] for item in metrics["set_aside"]).most_common():
-        first = next(item["reason"] for item in metrics["set_aside"] if item["kind"] == kind)
-        lines.append(f"{count} utterance(s) set aside: {kind}; e.g. {first}")
+    lines += counted(SetAside(**item) for item in metrics["set_aside"])
     return [*lines, f"Saved to {output}"]
 
 

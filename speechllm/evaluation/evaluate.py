@@ -12,7 +12,6 @@ import platform
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +27,24 @@ from .generation import generate_answers
 from .layerwise import FEWEST, alignment_report
 from .metrics.comet import CometUnavailable, comet_score, find_environment
 from .page import strict_json, write_whole
-from .prediction_files import PredictionFiles, read_lines
+from .prediction_files import PredictionFiles
 from .report import write_report
-from .scoring import compare, is_scored, references_of, score_task, task_of, utterance_scores
+from .scoring import (
+    Baseline,
+    EvaluationError,
+    compare,
+    compare_comet,
+    is_scored,
+    read_baseline,
+    references_of,
+    score_task,
+    task_of,
+    utterance_scores,
+)
 from .text_abilities import compare_text_abilities
 
 
 SETTINGS_FILE = "evaluation.json"  # what the predictions in a folder were made with
-
-
-class EvaluationError(ValueError):
-    """An evaluation that cannot be done; the message says why and what to do."""
 
 
 @dataclass
@@ -65,6 +71,7 @@ def evaluate_model(
     bootstrap: int = 1000,
     seed: int = 0,
     normalisation: str = "basic",
+    error_alignment: str = "levenshtein",
     cluster: str | None = None,
     baseline: str | os.PathLike | None = None,
     strict: bool = False,
@@ -89,8 +96,9 @@ def evaluate_model(
         bootstrap: resamples for the intervals; 0 gives none.
         seed: of the bootstrap and the paired test.
         normalisation: of recognition, see `metrics/normalisation.py`.
+        error_alignment: of recognition, "levenshtein" or "sclite", see `metrics/error_rates.py`.
         cluster: column whose rows with the same value are drawn together for intervals and tests, as `passage_id`.
-        baseline: predictions of another run (its folder or file) for a paired test of each task's main metric.
+        baseline: another run's folder (or file of predictions) for paired tests of each task's metrics.
         strict: raise instead of setting rows aside, and where a reference is missing or an id is used twice.
         set_aside: what was set aside before, to be reported with the rest.
         frames: cache of encoder frames.
@@ -118,7 +126,7 @@ def evaluate_model(
     if not request.rows:
         first = request.set_aside[0].reason if request.set_aside else "there are no rows."
         raise EvaluationError(f"There is nothing to evaluate: {first}")
-    others = _read_baseline(baseline) if baseline else None  # all that could fail, before hours of work
+    others = read_baseline(baseline) if baseline else None  # all that could fail, before hours of work
     if comet is not None:
         find_environment(comet.get("python"))
     pairs = _distinct_recordings(request.rows) if alignment else []
@@ -126,7 +134,6 @@ def evaluate_model(
         raise EvaluationError(
             f"Alignment needs {FEWEST} recordings with a transcript (`text`); the data has {len(pairs)}."
         )
-    plans = 3 if find_spec("ot") else 0
     made_by = {
         "model": model_identity(model),
         "generation": {
@@ -136,7 +143,7 @@ def evaluate_model(
             "oracle": oracle,
         },
     }
-    scoring = {"seed": seed, "normalisation": normalisation, "cluster": cluster}
+    scoring = {"seed": seed, "normalisation": normalisation, "error_alignment": error_alignment, "cluster": cluster}
     if state.is_main_process:
         _claim(output, made_by)
     state.wait_for_everyone()
@@ -158,14 +165,15 @@ def evaluate_model(
     if state.is_main_process:
         files.read()
         tasks_found = _score(request.rows, files, others, bootstrap=bootstrap, **scoring)
-        failure = _add_comet(tasks_found, request.rows, files, comet, bootstrap, seed) if comet is not None else None
+        failure = None
+        if comet is not None:
+            failure = _add_comet(tasks_found, request.rows, files, others, {**comet, "bootstrap": bootstrap}, scoring)
         metrics = {
             **made_by,
             "data": {**(description or {}), **_data_counts(request)},
             "scoring": {**scoring, "bootstrap": bootstrap, "baseline": str(baseline) if baseline else None},
             "tasks": tasks_found,
-            "alignment": alignment
-            and alignment_report(model, processor, pairs, output=output, frames=frames, plans=plans),
+            "alignment": alignment and alignment_report(model, processor, pairs, output=output, frames=frames),
             "text_abilities": text_abilities and compare_text_abilities(model, processor),
             "run": {
                 "seconds": round(time.time() - start, 1),
@@ -271,24 +279,13 @@ def _claim(output: Path, made_by: dict[str, Any]) -> None:
     write_whole(path, json.dumps(wanted, indent=2) + "\n")
 
 
-def _read_baseline(path: str | os.PathLike) -> dict[str, str]:
-    path = Path(path)
-    path = path / "predictions.jsonl" if path.is_dir() else path
-    if not path.is_file():
-        raise EvaluationError(f"{path}: there is no such file of predictions. Give the --output of another evaluation.")
-    found = {line["id"]: line["prediction"] for line in read_lines(path) if "prediction" in line}
-    if not found:
-        raise EvaluationError(f"{path} holds no predictions. Give the --output of another evaluation.")
-    return found
-
-
 # ---- after ---------------------------------------------------------------------------------------------------------
 
 
 def _score(
-    rows: list[Row], files: PredictionFiles, baseline: dict[str, str] | None, bootstrap: int, **scoring: Any
+    rows: list[Row], files: PredictionFiles, baseline: Baseline | None, bootstrap: int, **scoring: Any
 ) -> dict[str, Any]:
-    """By task: counts and, where there are references, metrics, groups, the paired test, and each utterance's score."""
+    """By task: counts and, where there are references, metrics, groups, paired tests, and each utterance's score."""
     found: dict[str, Any] = {}
     for task in dict.fromkeys(map(task_of, rows)):
         members = [row for row in rows if task_of(row) == task]
@@ -307,26 +304,37 @@ def _score(
         if scored:
             options = _options_for(task, scored, scoring)
             found[task].update(score_task(task, scored, predictions, bootstrap=bootstrap, **options))
-            found[task]["utterance_scores"] = utterance_scores(task, scored, predictions)
+            found[task]["utterance_scores"] = utterance_scores(task, scored, predictions, options.get("normalisation"))
             if baseline is not None:
                 found[task]["against_baseline"] = compare(task, scored, predictions, baseline, **options)
     return found
 
 
 def _add_comet(
-    tasks: dict[str, Any], rows: list[Row], files: PredictionFiles, options: dict[str, Any], bootstrap: int, seed: int
+    tasks: dict[str, Any],
+    rows: list[Row],
+    files: PredictionFiles,
+    baseline: Baseline | None,
+    options: dict[str, Any],
+    scoring: dict[str, Any],
 ) -> CometUnavailable | None:
-    """Add COMET to the metrics of translation, over the rows that have a transcript; what went wrong, if it did."""
+    """Add COMET to the metrics and tests of translation, over the rows that have a transcript; what went wrong, if it
+    did."""
     lines = {row["id"]: files.answers.get((row["id"], prompt_of(row))) for row in rows}
     rows = [row for row in rows if task_of(row) == "st" and is_scored(row) and row.get("text") and lines[row["id"]]]
     if not rows:
         return None
     predictions = {row["id"]: lines[row["id"]]["prediction"] for row in rows}
+    resampling = _options_for("st", rows, scoring)
     try:
-        found = comet_score(rows, predictions, **options, bootstrap=bootstrap, seed=seed)
+        found = comet_score(rows, predictions, **options, **resampling)
     except CometUnavailable as error:
         return error
+    scores = tasks["st"]["comet_scores"] = found.pop("comet_scores")
     tasks["st"]["metrics"].update(found, comet_utterances=len(rows))
+    if baseline is not None:
+        tests = compare_comet(rows, scores, found["comet_model"], baseline, **resampling)
+        tasks["st"]["against_baseline"]["tests"].update(tests)
     return None
 
 
@@ -334,7 +342,7 @@ def _options_for(task: str, rows: list[Row], scoring: dict[str, Any]) -> dict[st
     """The settings of scoring that a task has."""
     options = {"seed": scoring["seed"]}
     if task == "asr":
-        options["normalisation"] = scoring["normalisation"]
+        options |= {"normalisation": scoring["normalisation"], "alignment": scoring["error_alignment"]}
     if all(row.get(scoring["cluster"]) is not None for row in rows):
         options["cluster"] = scoring["cluster"]
     return options
@@ -352,6 +360,7 @@ def _data_counts(request: Request) -> dict[str, Any]:
 def _write(output: Path, metrics: dict[str, Any], request: Request, files: PredictionFiles, worst: int) -> None:
     """The three files; the predictions in the order of the data."""
     scores = {task: found.pop("utterance_scores", {}) for task, found in metrics["tasks"].items()}
+    comet = metrics["tasks"].get("st", {}).pop("comet_scores", {})
     aside = list(request.set_aside)
     answers = []
     for row in request.rows:
@@ -372,6 +381,7 @@ def _write(output: Path, metrics: dict[str, Any], request: Request, files: Predi
                 "score": scores[task].get(row["id"]),
                 "ended": line["ended"],
                 "audio": str(audio) if isinstance(audio, str | os.PathLike) else None,
+                **({"comet": comet[row["id"]]} if row["id"] in comet else {}),
             }
         )
     metrics["set_aside"] = [asdict(item) for item in aside]

@@ -21,6 +21,7 @@ import json
 import math
 import random
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from .retrieval import retrieval_metrics
 
 
 FEWEST = 4  # HSIC_1 needs so many pairs
+INSTALL_POT = "Run `pip install 'speechllm[transport]'`."
 PLAN_TOKENS = (3, 40)  # texts of fewer tokens have little to align, those of more make no readable plot
 
 
@@ -55,7 +57,7 @@ def alignment_report(
     prefix: str = "auto",
     temperature: float = 0.1,
     maximum_rows: int = 2000,
-    plans: int = 3,
+    plans: int | None = None,
     batch_size: int = 16,
     frames: FeatureCache | None = None,
 ) -> dict[str, Any]:
@@ -68,14 +70,14 @@ def alignment_report(
         prefix: what both sides begin with, as in pretraining (`ContrastiveArguments.prefix`).
         temperature: of the loss.
         maximum_rows: of more, so many are drawn (always the same ones): similarities are of all with all.
-        plans: utterances to draw transport plans of; 0 needs no POT.
+        plans: utterances to draw transport plans of; default: 3, or none without POT, which the report then says.
         frames: cache of the encoder's frames (`trainers/frozen_states.py`).
 
     Returns:
-        `layers`: layer (as text) -> `recall@1`, `recall@5`, `mean_rank`, `text_to_speech_recall@k`, `loss` (nats, of one
-        utterance per distinct text), `modality_gap`, `cosine_pairs`, `cosine_within_text`, `cosine_within_speech`,
+        `layers`: layer (as text) -> `recall@1`, `recall@5`, `mean_rank` and `text_to_speech_` of these, `loss` (nats, of
+        one utterance per distinct text), `modality_gap`, `cosine_pairs`, `cosine_within_text`, `cosine_within_speech`,
         `cosine_between`, `cka`; and `utterances`, `distinct_texts`, `chance` (of recall@1), `chance_mean_rank`,
-        `chance_loss`, `transport`, `set_aside`. What cannot be measured is `None`.
+        `chance_loss`, `transport`, `transport_left_out` (why, or `None`), `set_aside`. What cannot be measured is `None`.
 
     Raises:
         ValueError: if fewer than 4 rows can be used, the layers or the prefix do not exist, or states are not finite.
@@ -109,6 +111,9 @@ def alignment_report(
         "layers": measured,
         "set_aside": [{"id": item.id, "reason": item.reason} for item in set_aside],
     }
+    without_pot = plans is None and find_spec("ot") is None
+    report["transport_left_out"] = f"POT is not installed. {INSTALL_POT}" if without_pot else None
+    plans = (0 if without_pot else 3) if plans is None else plans
     report["transport"], figures = _transport(model, processor, speech.rows, indices, prefix_ids, plans)
     report = strict_json(report)
     if output is not None:
@@ -199,9 +204,7 @@ def _transport(model, processor, rows: list[Row], layers: list[int], prefix: lis
     try:
         from .alignment import align, plan_figure
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"Transport plans need {error.name}. Run `pip install 'speechllm[transport]'`, or ask for no plans."
-        ) from error
+        raise ModuleNotFoundError(f"Transport plans need {error.name}. {INSTALL_POT} Or ask for no plans.") from error
     examples = _examples(processor, rows, count)
     shown = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
     costs, figures = [], {}
@@ -265,7 +268,7 @@ def alignment_figures(report: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     figures = {
         "recall": plots.recall_per_layer(at[1], chance=report["chance"], recall_at_5=at[5]),
         "mean_rank": plots.lines_per_place(
-            curves({"mean_rank": "of an utterance's transcript"}),
+            curves({"mean_rank": "speech to text", "text_to_speech_mean_rank": "text to speech"}),
             "mean rank (1 is best)",
             references={"guessing": report["chance_mean_rank"]},
         ),

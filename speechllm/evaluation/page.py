@@ -21,6 +21,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from ..saving import explained_saving
 from . import plots
 
 
@@ -130,11 +131,16 @@ def _is_printable(character: str) -> bool:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file under its name (creating the folder) only when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file under its name (creating the folder) only when it is complete.
+
+    Raises:
+        OSError: if it cannot be written, naming the folder.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with explained_saving(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)

@@ -4,7 +4,7 @@ import torch
 
 
 def retrieval_metrics(similarity: torch.Tensor, texts: list[str], ks: tuple[int, ...] = (1, 5)) -> dict[str, float]:
-    """Recall@k in both directions, and the mean rank of the right transcript.
+    """Recall@k and the mean rank of the right one, in both directions.
 
     Args:
         similarity: (texts, utterances); text i is the transcript of utterance i.
@@ -12,7 +12,8 @@ def retrieval_metrics(similarity: torch.Tensor, texts: list[str], ks: tuple[int,
         ks: how many of the nearest may hold the right one.
 
     Returns:
-        `recall@k` (utterance to transcript), `text_to_speech_recall@k`, as fractions, and `mean_rank` (best is 1).
+        `recall@k` (as fractions) and `mean_rank` (best is 1) from utterance to transcript, and both of these with
+        `text_to_speech_` before for the other direction.
         Ties count against us: an item's rank is the number of wrong ones at least as similar, plus 1.
     """
     ids = {text: i for i, text in enumerate(dict.fromkeys(texts))}
@@ -24,6 +25,5 @@ def retrieval_metrics(similarity: torch.Tensor, texts: list[str], ks: tuple[int,
         rank = 1 + (~(scores < best) & ~right).sum(1)  # NaN counts against us too
         for k in ks:
             metrics[f"{name}recall@{k}"] = (rank <= k).double().mean().item()
-        if not name:
-            metrics["mean_rank"] = rank.double().mean().item()
+        metrics[f"{name}mean_rank"] = rank.double().mean().item()
     return metrics

@@ -1,18 +1,28 @@
 """From predictions to the metrics of each task: of all its rows, of each language pair or trait, and of each utterance."""
 
+import json
 import math
+import os
 from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..data.schema import Row
-from .metrics import MAIN_METRIC, ScoringError, paired_test, score
+from .metrics import MAIN_METRIC, ScoringError, paired_tests, score
 from .metrics import utterance_scores as scores_of
+from .metrics.comet import comet_test
+from .prediction_files import read_lines
 
 
 # By what a task's rows are told apart in the tables. (Target languages have metrics of their own already.)
 GROUPS = {"asr": "language", "st": "language", "sqa": "language", "traits": "trait"}
 # What one utterance is judged by, and whether more is better; BLEU says little about a single sentence.
 UTTERANCE_METRIC = {"asr": ("wer", False), "st": ("chrf++", True), "sqa": ("f1", True), "traits": ("accuracy", True)}
+
+
+class EvaluationError(ValueError):
+    """An evaluation that cannot be done; the message says why and what to do."""
 
 
 def task_of(row: Row) -> str:
@@ -55,9 +65,12 @@ def score_task(task: str, rows: list[Row], predictions: dict[str, str], **option
     return found
 
 
-def utterance_scores(task: str, rows: list[Row], predictions: dict[str, str]) -> dict[str, float]:
+def utterance_scores(
+    task: str, rows: list[Row], predictions: dict[str, str], normalisation: str | None = None
+) -> dict[str, float]:
     """Id -> the utterance's own `UTTERANCE_METRIC`; without those that have none (a reference without a word)."""
-    values = scores_of(task, rows, predictions, UTTERANCE_METRIC[task][0])
+    options = {"normalisation": normalisation} if normalisation else {}
+    values = scores_of(task, rows, predictions, UTTERANCE_METRIC[task][0], **options)
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
@@ -67,19 +80,60 @@ def worst_first(task: str, scores: dict[str, float]) -> list[str]:
     return sorted(scores, key=lambda name: (sign * scores[name], name))
 
 
+@dataclass
+class Baseline:
+    """Another evaluation, by id: its `predictions`, and their scores by `comet_model` if it has any."""
+
+    predictions: dict[str, str]
+    comet: dict[str, float]
+    comet_model: str | None
+
+
+def read_baseline(path: str | os.PathLike) -> Baseline:
+    """The evaluation in a folder, or (of the predictions alone) in a file.
+
+    Raises:
+        EvaluationError: if there are no predictions.
+    """
+    path = Path(path)
+    path = path / "predictions.jsonl" if path.is_dir() else path
+    if not path.is_file():
+        raise EvaluationError(f"{path}: there is no such file of predictions. Give the --output of another evaluation.")
+    lines = [line for line in read_lines(path) if "prediction" in line]
+    if not lines:
+        raise EvaluationError(f"{path} holds no predictions. Give the --output of another evaluation.")
+    try:
+        metrics = json.loads(path.with_name("metrics.json").read_text(encoding="utf-8"))
+        comet_model = metrics["tasks"]["st"]["metrics"]["comet_model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        comet_model = None
+    return Baseline(
+        {line["id"]: line["prediction"] for line in lines},
+        {line["id"]: line["comet"] for line in lines if line.get("comet") is not None},
+        comet_model,
+    )
+
+
 def compare(
-    task: str, rows: list[Row], predictions: dict[str, str], baseline: dict[str, str], **options: Any
+    task: str, rows: list[Row], predictions: dict[str, str], baseline: Baseline, **options: Any
 ) -> dict[str, Any]:
-    """Paired test of the task's main metric against another run's predictions, over the rows that both have."""
-    common = [row for row in rows if row["id"] in baseline]
+    """Paired tests against another run over the rows that both have: how many `utterances`, and, by metric, `tests`."""
+    common = [row for row in rows if row["id"] in baseline.predictions]
+    try:
+        tests = paired_tests(task, common, predictions, baseline.predictions, **options) if common else {}
+    except ScoringError:  # no common reference has a word
+        tests = {}
+    return {"utterances": len(common), "tests": tests}
+
+
+def compare_comet(
+    rows: list[Row], scores: dict[str, float], model: str, baseline: Baseline, **options: Any
+) -> dict[str, dict[str, Any]]:
+    """The paired test of COMET, to add to `tests`; none without scores of the same model for the same rows."""
+    common = [row for row in rows if row["id"] in baseline.comet] if model == baseline.comet_model else []
     if not common:
-        return {"utterances": 0}
-    metric = MAIN_METRIC[task]
-    return {
-        "utterances": len(common),
-        "metric": metric,
-        **paired_test(task, common, predictions, baseline, metric, **options),
-    }
+        return {}
+    return {"comet": {**comet_test(common, scores, baseline.comet, **options), "utterances": len(common)}}
 
 
 def training_metrics(rows: list[Row], predictions: dict[str, str]) -> dict[str, float]:

@@ -24,6 +24,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..base_models_speechllm import explained
 from ..data.schema import Row, load_rows
 from ..downloads import build_once, cache_directory
 from ..evaluation.metrics.question_answering import exact_match
@@ -68,7 +69,7 @@ def spoken_question_answering(
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, list[Row]]:
-    """The data set, made at the first call and kept in the cache.
+    """The data set, made at the first call and kept in the cache; a call that was interrupted is gone on with.
 
     Args:
         train, test: passages of each split, every one with at least one question that the LLM answers.
@@ -99,7 +100,7 @@ def spoken_question_answering(
         _speak(rows, voices, folder / "train", seed, progress)
 
     key = hashlib.sha256(json.dumps(provenance).encode()).hexdigest()[:12]
-    folder = build_once(cache_directory() / "synthesis" / f"questions-{key}", provenance, build)
+    folder = build_once(cache_directory() / "synthesis" / f"questions-{key}", provenance, build, resume=True)
     return {name: load_rows(folder / name / "manifest.jsonl") for name in ("train", "test")}
 
 
@@ -112,10 +113,11 @@ class Answerer:
 
     def __init__(self, model: str):
         self.tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-        self.model = AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.bfloat16, attn_implementation="eager"
-        ).eval()
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        with explained(f"the LLM {model!r}", "Check the id or path and the network.", weights_of=model):
+            self.model = AutoModelForCausalLM.from_pretrained(
+                model, dtype=torch.bfloat16, attn_implementation="eager", use_safetensors=True
+            )
+        self.model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         examples = self.tokenizer(EXAMPLES, add_special_tokens=False, return_tensors="pt").to(self.model.device)
         self.start = examples["input_ids"].shape[1]
         with torch.no_grad():
@@ -154,7 +156,8 @@ def _answerable(
     count: int, split: str, seed: int, apart_from: Sequence[Passage], answerer: Answerer, folder: Path, progress: bool
 ) -> tuple[list[Passage], list[Row]]:
     """The first `count` passages of a split that have a question which the LLM answers, and the rows of those
-    questions. Every answer goes to `answers.jsonl`, with `correct`."""
+    questions. Every answer goes to `answers.jsonl`, with `correct`; what an earlier run wrote there is not asked again."""
+    known = load_answers(folder / "answers.jsonl")
     # More than are wanted, as some passages have no such question; they are tried in turn until there are enough.
     candidates = generate_passages(4 * count, f"{split} {seed}", apart_from)
     kept, rows, answered = [], [], []
@@ -162,21 +165,30 @@ def _answerable(
         for start in range(0, len(candidates), BATCH):
             batch = candidates[start : start + BATCH]
             asked = question_rows(batch, split, first=start)
+            if not all(row["id"] in known for row in asked):
+                known |= dict(zip((row["id"] for row in asked), answerer(asked)))
             correct = []
-            for row, answer in zip(asked, answerer(asked)):
+            for row in asked:
+                answer = known[row["id"]]
                 right = exact_match(answer, row["target"])
                 answered.append({**row, "answer": answer, "correct": right})
                 correct += [row] * right
+            write_jsonl(folder / "answers.jsonl", answered)
             names = list(dict.fromkeys(row["passage_id"] for row in correct))[: count - len(kept)]
             rows += [row for row in correct if row["passage_id"] in names]
             kept += [passage for number, passage in enumerate(batch, start) if f"{split}-{number:04d}" in names]
             bar.update(len(names))
             if len(kept) == count:
                 break
-    write_jsonl(folder / "answers.jsonl", answered)
     if len(kept) < count:
         raise ValueError(f"The LLM answers questions on only {len(kept)} of {len(candidates)} passages. Ask for fewer.")
     return kept, rows
+
+
+def load_answers(path: Path) -> dict[str, str]:
+    """Question's id -> the LLM's answer; none without the file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {row["id"]: row["answer"] for row in map(json.loads, lines)}
 
 
 def _speak(rows: list[Row], voices: Sequence[Voice], folder: Path, seed: int, progress: bool) -> None:

@@ -175,7 +175,7 @@ def spoken_traits(
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, list[Row]]:
-    """A data set of paralinguistic variants, made once and kept in the cache: WordNet's example sentences of 4 to 8
+    """A data set of paralinguistic variants, made once (an interrupted call is gone on with) and kept in the cache: WordNet's example sentences of 4 to 8
     words in every voice at every rate, each recording in one condition of noise and room (module docstring).
 
     Returns:
@@ -199,5 +199,5 @@ def spoken_traits(
             variants(spoken.rows, folder / name, snrs, reverberations, crossed=False, seed=seed, progress=progress)
 
     key = hashlib.sha256(json.dumps(provenance).encode()).hexdigest()[:12]
-    folder = build_once(cache_directory() / "synthesis" / f"traits-{key}", provenance, build)
+    folder = build_once(cache_directory() / "synthesis" / f"traits-{key}", provenance, build, resume=True)
     return {name: load_rows(folder / name / "manifest.jsonl") for name in ("train", "test")}

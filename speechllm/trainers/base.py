@@ -10,6 +10,7 @@
 
 import json
 import logging
+import shutil
 from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import asdict, dataclass, field
@@ -23,16 +24,18 @@ from datasets import IterableDataset
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from ..checkpoint_speechllm import ADAPTER_CONFIG, ADAPTER_FOLDER, PROJECTOR_WEIGHTS, CheckpointError
+from ..data.checking import counted
 from ..data.feature_cache import FeatureCache
 from ..data.items import SpeechCollator, SpeechItems, approximate_length
 from ..data.sampling import DistinctBatchSampler
-from ..data.schema import Row, SetAside, undecoded, with_ids
+from ..data.schema import Row, SetAside, undecoded, unusable, with_ids
 from ..data.streaming import Position, StreamBatches, StreamReaders
 from ..modeling_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMModel
 from ..processing_speechllm import SpeechLLMProcessor
+from ..saving import explained_saving
 from .dashboards import use_dashboards
 from .frozen_states import fill_frame_cache, frame_cache
 from .pushing import PushingTrainer
@@ -120,8 +123,8 @@ class SpeechLLMTrainer(PushingTrainer):
                 "or show it one (CUDA_VISIBLE_DEVICES=0)."
             )
         self.speechllm = model
-        self.set_aside: dict[str, str] = {}
-        self.llm_tokens = 0  # tokens, without padding, that passed through the LLM in this process's training steps
+        self.set_aside: dict[str, SetAside] = {}  # by id
+        self.llm_tokens = 0  # tokens, without padding, that passed through the LLM in this process, to train
         self._terms: dict[str, list[torch.Tensor]] = defaultdict(list)  # name -> (weighted value, weight) of each step
         self._listed = 0  # utterances in `set_aside.jsonl`
         self._padding = torch.zeros(2, device=args.device)  # sum over batches of the share of padding, batches
@@ -171,23 +174,22 @@ class SpeechLLMTrainer(PushingTrainer):
     def _frame_cache(self) -> FeatureCache:
         if not self.headless.config.freeze_speech_encoder or self.headless.config.frozen_in_train_mode:
             raise ValueError("feature_cache needs a speech encoder that is frozen and in evaluation mode.")
-        return frame_cache(self.args.feature_cache, self.headless, self.processing_class)
+        precision = self.args.mixed_precision
+        return frame_cache(self.args.feature_cache, self.headless, self.processing_class, precision)
 
     def _usable(self, rows: list[Row] | None) -> list[Row]:
         """The rows with ids, their frames cached, without those that cannot be used."""
         rows = with_ids(undecoded(rows) if rows is not None else [])
-        unusable = []
-        for row in rows:
-            reason = f"{row['id']} has no `audio`. Give it one." if row.get("audio") is None else self.problem(row)
-            unusable += [SetAside(row["id"], reason)] if reason else []
-        names = {item.id for item in unusable}
+        aside = [found for row in rows if (found := unusable(row, self.problem))]
+        names = {item.id for item in aside}
         rows = [row for row in rows if row["id"] not in names]
         if self.frames is not None and rows:
-            unhearable = fill_frame_cache(self.frames, rows, self.headless, self.processing_class)
-            unusable += unhearable
+            precision = self.args.mixed_precision
+            unhearable = fill_frame_cache(self.frames, rows, self.headless, self.processing_class, precision)
+            aside += unhearable
             names = {item.id for item in unhearable}
             rows = [row for row in rows if row["id"] not in names]
-        self._note(unusable)
+        self._note(aside)
         return rows
 
     def _loader(self, dataset: SpeechItems, padding_side: str = "right", **sampling: Any) -> DataLoader:
@@ -236,7 +238,7 @@ class SpeechLLMTrainer(PushingTrainer):
         if self.stream is not None:
             return self._stream_loader()
         if self.train_dataset is None:
-            first = next(iter(self.set_aside.values()), "there is no `train_dataset`.")
+            first = next((item.reason for item in self.set_aside.values()), "there is no `train_dataset`.")
             raise ValueError(f"There is nothing to train on: {first}")
         self.batch_sampler = DistinctBatchSampler(
             [self.batch_key(row) for row in self.train_rows],
@@ -276,14 +278,14 @@ class SpeechLLMTrainer(PushingTrainer):
 
     # ---- utterances set aside --------------------------------------------------------------------------------------
 
-    def _note(self, unusable: list[SetAside]) -> None:
-        for item in unusable:
+    def _note(self, items: list[SetAside]) -> None:
+        for item in items:
             if item.id not in self.set_aside:
                 logger.warning("Set aside: %s", item.reason)
-                self.set_aside[item.id] = item.reason
+                self.set_aside[item.id] = item
 
     def write_set_aside(self) -> None:
-        """List what was set aside, over all processes, in `set_aside.jsonl` and in the log."""
+        """List what was set aside, over all processes, in `set_aside.jsonl`, and count it by cause in the log."""
         if self.args.world_size > 1:
             self.set_aside = dict(gather_object(list(self.set_aside.items())))
         found = self.set_aside
@@ -291,10 +293,12 @@ class SpeechLLMTrainer(PushingTrainer):
             return
         self._listed = len(found)
         path = Path(self.args.output_dir) / "set_aside.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps({"id": name, "reason": reason}, ensure_ascii=False) for name, reason in found.items()]
-        path.write_text("\n".join(lines) + "\n")
-        logger.warning("%d utterance(s) were set aside; see %s.", len(found), path)
+        lines = [json.dumps(asdict(item), ensure_ascii=False) for item in found.values()]
+        with explained_saving(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(lines) + "\n")
+        for line in counted(found.values()):
+            logger.warning("%s", line)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         self._positions = {}
@@ -340,18 +344,30 @@ class SpeechLLMTrainer(PushingTrainer):
         folder = Path(output_dir or self.args.output_dir)
         if state_dict is not None and self.model is not self.speechllm:
             state_dict = {**self.speechllm.state_dict(), **{f"model.{k}": v for k, v in state_dict.items()}}
-        self.speechllm.save_pretrained(folder, state_dict=state_dict)
-        self.processing_class.save_pretrained(folder)
         values = {name: str(value) for name, value in asdict(self.args).items() if not name.endswith("_token")}
-        (folder / "training_args.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-        self.save_summary(folder)
+        with explained_saving(folder):
+            self.speechllm.save_pretrained(folder, state_dict=state_dict)
+            self.processing_class.save_pretrained(folder)
+            (folder / "training_args.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+            self.save_summary(folder)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            with explained_saving(folder):
+                super()._save_checkpoint(model, trial)
+        except CheckpointError:
+            shutil.rmtree(folder, ignore_errors=True)  # half of one, from which the next run would try to go on
+            raise
 
     def _positions_file(self, folder: str | Path) -> Path:
         return Path(folder) / f"stream_{self.args.process_index}.pt"
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        if self.stream is not None:  # each process has its own, as with the states of the generators
+        # Each process has its own, as with the states of the generators; the rows in it hold tensors, bytes and numbers,
+        # so it is a PyTorch file as theirs are, and read as theirs: with `weights_only=True`.
+        if self.stream is not None:
             state = {"readers": asdict(self._stream_readers()), "positions": self._positions}
             torch.save(state, self._positions_file(output_dir))
 

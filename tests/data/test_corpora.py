@@ -1,6 +1,7 @@
 """Corpora in their real layouts -> rows: what they hold, that their audio can be read, and what is set aside."""
 
 import csv
+import json
 import shutil
 
 import corpora_in_miniature as miniature
@@ -24,6 +25,17 @@ def rows_of(spec, expected_aside=0):
         assert load_audio(row["audio"], name=row["id"]).dtype == np.float32
         chat_of(row)
     return loaded.rows
+
+
+def set_aside(spec):
+    return [(item.id, item.kind, item.reason) for item in load_source(spec).set_aside]
+
+
+def edited(path, old, new):
+    """The file with `old`, which is there once, replaced."""
+    data = path.read_bytes()
+    assert data.count(old) == 1
+    path.write_bytes(data.replace(old, new))
 
 
 def columns(rows, *names):
@@ -76,6 +88,7 @@ def test_must_c_that_is_damaged(tmp_path):
     (text / "train.de").write_text("Nur eine Zeile.\n")
     loaded = load_source(f"must-c:{tmp_path}")
     assert [row["target_language"] for row in loaded.rows] == ["fr"] * 3
+    assert "3 set aside: line counts that differ" in loaded.report("MuST-C")  # every row, not the pair as one
     assert "train.yaml 3, train.en 3, train.de 1" in loaded.set_aside[0].reason
     with pytest.raises(ManifestError, match="same number of lines"):
         load_source(f"must-c:{tmp_path}", strict=True)
@@ -105,6 +118,9 @@ def test_must_she(tmp_path):
     assert len(rows_of(f"must-she:{tmp_path}?target_language=it&category=1")) == 1
     with pytest.raises(ManifestError, match="0 files MONOLINGUAL.fr"):
         load_source(f"must-she:{tmp_path}?target_language=fr")
+    edited(tmp_path / "tsv" / "MONOLINGUAL.it_v1.2.tsv", b"CATEGORY", b"KIND")
+    with pytest.raises(ManifestError, match="MONOLINGUAL.it_v1.2.tsv has no column 'CATEGORY', but ID, LANG"):
+        load_source(f"must-she:{tmp_path}?target_language=it")
 
 
 # ---- GigaSpeech, LibriSpeech, MLS ------------------------------------------------------------------------------------
@@ -125,6 +141,22 @@ def test_gigaspeech(tmp_path):
         load_source(f"gigaspeech:{tmp_path}")
 
 
+def test_gigaspeech_segments_that_are_malformed(tmp_path):
+    path = miniature.gigaspeech(tmp_path) / "GigaSpeech.json"
+    content = json.loads(path.read_text())
+    first, _, third, _ = content["audios"][0]["segments"]
+    del first["text_tn"]
+    third["end_time"] = "late"
+    content["audios"] += [{"aid": "POD2", "path": "audio/POD2.opus"}]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ManifestError, match="no rows that can be used. The first of 3: .*`text_tn` is missing"):
+        load_source(f"gigaspeech:{tmp_path}?subset=M")
+    assert columns(load_source(f"gigaspeech:{tmp_path}?subset=XL").rows, "id") == [("POD1_S0000004",)]
+    names, kinds, reasons = zip(*set_aside(f"gigaspeech:{tmp_path}?subset=XL"))
+    assert names == ("POD1_S0000001", "POD1_S0000003", "recording 2") and {*kinds} == {"malformed row"}
+    assert "POD1_S0000001 is malformed (`text_tn` is missing)" in reasons[0] and "`segments`" in reasons[2]
+
+
 def test_librispeech(tmp_path):
     rows = rows_of(f"librispeech:{miniature.librispeech(tmp_path)}?split=dev-clean")
     assert columns(rows, "id", "text", "speaker", "gender") == [
@@ -136,6 +168,34 @@ def test_librispeech(tmp_path):
     assert rows_of(f"librispeech:{tmp_path / 'LibriSpeech'}?split=dev-clean&case=upper")[0]["text"] == "CHAPTER ONE"
     with pytest.raises(ManifestError, match="split 'dev-other' of LibriSpeech"):
         load_source(f"librispeech:{tmp_path}?split=dev-clean,dev-other")
+
+
+def test_librispeech_recordings_without_a_transcript(tmp_path):
+    here = miniature.librispeech(tmp_path) / "LibriSpeech" / "dev-clean"
+    edited(here / "19" / "198" / "19-198.trans.txt", b"19-198-0001 CHAPTER TWO\n", b"")
+    edited(here / "20" / "198" / "20-198.trans.txt", b"20-198-0000 CHAPTER", b"20-198-0000 CH\xc3PTER")
+    shutil.copytree(here / "19", here / "21")  # a chapter that lost its file of transcripts
+    (here / "21" / "198" / "19-198.trans.txt").unlink()
+    (here / "21" / "198" / "19-198-0001.flac").unlink()
+    (here / "21" / "198" / "19-198-0000.flac").rename(here / "21" / "198" / "21-198-0000.flac")
+    spec = f"librispeech:{tmp_path}?split=dev-clean"
+    assert columns(load_source(spec).rows, "id") == [("19-198-0000",), ("20-198-0001",)]
+    assert [(name, kind) for name, kind, _ in set_aside(spec)] == [
+        ("20-198-0000", "text that is not UTF-8"),
+        ("19-198-0001", "no transcript"),
+        ("21-198-0000", "no transcript"),
+    ]
+
+
+def test_mls_recordings_without_a_transcript(tmp_path):
+    root = miniature.mls(tmp_path, text=("one", "two", "three")) / "mls_english" / "train"
+    edited(root / "transcripts.txt", b"7_8_000000\tone\n", b"")
+    edited(root / "transcripts.txt", b"two", b"tw\xf6")
+    assert columns(load_source(f"mls:{tmp_path}").rows, "id") == [("7_8_000002",)]
+    assert [(name, kind) for name, kind, _ in set_aside(f"mls:{tmp_path}")] == [
+        ("7_8_000001", "text that is not UTF-8"),
+        ("7_8_000000", "no transcript"),
+    ]
 
 
 @pytest.mark.parametrize("ending", ["flac", "opus"])
@@ -174,6 +234,10 @@ def test_mls_traits(tmp_path, kind):
     assert rows[0]["rate"] == "slightly slowly" and rows[0]["text"] == "one"
     prompt = "What is the speaking rate? Answer with one of: slightly slowly, very fast."
     assert chat_of(rows[1])[0]["content"][1]["text"] == prompt
+    edited(tmp_path / "mls_english" / "train" / "segments.txt", b"\t10.00\t", b"\tten\t")
+    spec = f"mls-traits:{tmp_path}?descriptions={path}&traits=gender"
+    assert columns(load_source(spec).rows, "id") == [("7_8_000000 gender",)]
+    assert [(name, kind) for name, kind, _ in set_aside(spec)] == [("7_8_000001", "malformed row")]
     for options, message in (
         ("", "needs the option `descriptions`"),
         (f"?descriptions={path}&traits=age", "trait 'age' is not there"),
@@ -212,6 +276,20 @@ def test_covost_beside_another_common_voice(tmp_path):
     assert len(loaded.rows) == 1 and loaded.set_aside[0].kind == "no transcript in Common Voice"
 
 
+def test_covost_that_is_damaged(tmp_path):
+    folder = miniature.covost(tmp_path)
+    edited(folder / "validated.tsv", b"Wait.", b"Wa\xeft.")
+    (item,) = set_aside(f"covost:{folder}")  # of the split alone
+    assert item[:2] == ("common_voice_en_b", "text that is not UTF-8") and "validated.tsv" in item[2]
+    edited(folder / "validated.tsv", b"\tsentence\t", b"\ttext\t")
+    with pytest.raises(ManifestError, match="validated.tsv has no column 'sentence', but client_id, path, text"):
+        load_source(f"covost:{folder}")
+    edited(folder / "covost_v2.en_de.tsv", b"\tsplit\n", b"\tpart\n")
+    edited(folder / "validated.tsv", b"\ttext\t", b"\tsentence\t")
+    with pytest.raises(ManifestError, match="covost_v2.en_de.tsv has no column 'split', but path, translation, part"):
+        load_source(f"covost:{folder}")
+
+
 def test_fleurs(tmp_path):
     folder = miniature.fleurs(tmp_path)
     rows = rows_of(f"fleurs:{folder}?language=en_us")
@@ -230,6 +308,19 @@ def test_fleurs(tmp_path):
     assert len(rows_of(f"fleurs:{folder}?language=de_de")) == 2
     with pytest.raises(ManifestError, match="FLEURS in 'fr_fr'"):
         load_source(f"fleurs:{folder}?language=fr_fr")
+
+
+def test_fleurs_that_is_damaged(tmp_path):
+    folder = miniature.fleurs(tmp_path)
+    lines = (folder / "en_us" / "train.tsv").read_bytes().split(b"\n")
+    lines[1] = lines[1].replace(b"\t4800\t", b"\tmany\t")
+    (folder / "en_us" / "train.tsv").write_bytes(b"\n".join(lines))
+    assert columns(load_source(f"fleurs:{folder}?language=en_us").rows, "id") == [("en_us 15",)]
+    (item,) = set_aside(f"fleurs:{folder}?language=en_us")
+    assert item[:2] == ("en_us 16", "malformed row") and "'many'" in item[2]
+    (folder / "en_us" / "train.tsv").write_bytes(b"\n".join([lines[0], b"9\tcut short"]))
+    spec = f"fleurs:{folder}?language=de_de&target_language=en_us"
+    assert [kind for _, kind, _ in set_aside(spec)] == ["malformed row"]  # of the translations
 
 
 # ---- Spoken-SQuAD ----------------------------------------------------------------------------------------------------
@@ -262,6 +353,22 @@ def test_spoken_squad_with_sentences_missing(tmp_path):
     with pytest.raises(ManifestError, match="should begin with train; found: none. Name it: audio="):
         load_source(f"spoken-squad:{tmp_path}")
     assert len(load_source(f"spoken-squad:{tmp_path}?audio=recordings").rows) == 1
+
+
+def test_spoken_squad_questions_that_are_malformed(tmp_path):
+    path = miniature.spoken_squad(tmp_path) / "spoken_train-v1.1.json"
+    content = json.loads(path.read_text())
+    first, second = content["data"][0]["paragraphs"][0]["qas"]
+    del first["answers"]
+    second["answers"] = ["panthers"]
+    path.write_text(json.dumps(content))
+    assert columns(load_source(f"spoken-squad:{tmp_path}").rows, "id") == [("q4",)]
+    names, kinds, reasons = zip(*set_aside(f"spoken-squad:{tmp_path}"))
+    assert names == ("q1", "q2") and {*kinds} == {"malformed row"} and "`answers` is missing" in reasons[0]
+    del content["data"][0]["paragraphs"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ManifestError, match="spoken_train-v1.1.json is not SQuAD's JSON .'paragraphs'"):
+        load_source(f"spoken-squad:{tmp_path}")
 
 
 def test_what_a_corpus_function_yields_is_set_aside_or_a_row(tmp_path):

@@ -312,8 +312,20 @@ def test_streams_of_every_kind(recordings):
     (recordings / "must-c/en-de/data/train/txt/train.de").write_bytes(b"eins\nStra\xdfe\ndrei\n")
     rows = list(stream_source(f"must-c:{recordings / 'must-c'}?target_language=de&row.license=mine"))
     assert [row.get("target") for row in rows] == ["eins", None, "drei"] and rows[0]["license"] == "mine"
-    assert "not UTF-8" in rows[1]["set_aside"]
+    assert "not UTF-8" in rows[1]["set_aside"]["reason"] and rows[1]["set_aside"]["kind"] == "text that is not UTF-8"
     with pytest.raises(ManifestError, match="Choose from: de, fr"):
         stream_source(f"must-c:{recordings / 'must-c'}?target_language=it")
     with pytest.raises(ManifestError, match="a fraction needs all rows"):
         stream_source(f"{folder}?fraction=0.5")
+
+
+def test_limits_on_the_duration_of_streams_read_headers_where_needed(recordings):
+    path = recordings / "all.jsonl"  # 0.3, 0.4, 0.5, 0.6 seconds; the manifest does not say so
+    held = [{"audio": {"bytes": (recordings / "wav" / f"{i}.wav").read_bytes()}, "text": f"text {i}"} for i in range(4)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(held), recordings / "bytes.parquet")
+    shards = miniature.write_shards(recordings / "shards", recordings)
+    for spec in (path, recordings / "bytes.parquet", shards):
+        stream = stream_source(str(spec), minimum_seconds=0.35, maximum_seconds=0.55)
+        assert [row["text"] for row in stream] == ["text 1", "text 2"]
+    (recordings / "wav" / "1.wav").write_bytes(b"RIFF nothing")  # is for the reader of the stream to set aside
+    assert [row["text"] for row in stream_source(str(path), maximum_seconds=0.45)] == ["text 0", "text 1"]

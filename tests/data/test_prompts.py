@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from speechllm.data.prompts import PROMPTS, WORDINGS, chat_of, prompt_of, with_drawn_prompt
+from speechllm.data.prompts import PROMPTS, TRAITS, WORDINGS, chat_of, filled, prompt_of, with_drawn_prompt
 
 
 def row(i=0, **columns):
@@ -44,6 +44,32 @@ def test_wordings_in_other_languages():
     assert french == set(WORDINGS["asr"]["fr"])  # an instruction in German asks for German
     welsh = {with_drawn_prompt(row(i, language="cy"), languages=["answer"])["prompt"] for i in range(50)}
     assert welsh == set(WORDINGS["asr"]["en"])  # there is none in Welsh
+
+
+@pytest.mark.parametrize("code", ["de", "es", "fr", "it", "ru"])
+def test_questions_and_traits_in_other_languages(code):
+    sqa = {"task": "sqa", "question": "¿Qué?", "target": "x", "language": code}
+    asked = {with_drawn_prompt(row(i, **sqa), languages=["answer"])["prompt"] for i in range(60)}
+    assert asked == {wording.format(question="¿Qué?") for wording in WORDINGS["sqa"][code]} and len(asked) >= 3
+    traits = {"task": "traits", "trait": "rate", "choices": ["slow", "fast"], "target": "slow", "language": code}
+    asked = {with_drawn_prompt(row(i, **traits), languages=["answer"])["prompt"] for i in range(60)}
+    assert len(asked) == len(WORDINGS["traits"][code]) >= 3
+    assert all(TRAITS[code]["rate"] in text and "slow, fast" in text for text in asked)
+    assert TRAITS[code].keys() == TRAITS["en"].keys()
+    odd = with_drawn_prompt(row(**{**traits, "trait": "mood"}), languages=["answer"])["prompt"]
+    assert "mood" in odd  # a trait without a name here goes by its own
+
+
+def test_what_is_drawn_for_english_has_not_changed():
+    """Runs are repeatable: these are the draws of the first release."""
+    values = {"question": "Why?", "target": "x", "trait": "noise", "choices": ["low", "high"], "language": "en"}
+    drawn = {
+        task: [with_drawn_prompt(row(i, **values, task=task), seed=3)["prompt"] for i in range(6)]
+        for task in ("sqa", "traits")
+    }
+    wordings = {task: [filled(values, wording) for wording in WORDINGS[task]["en"]] for task in ("sqa", "traits")}
+    assert [wordings["sqa"].index(prompt) for prompt in drawn["sqa"]] == [0, 3, 0, 2, 0, 0]
+    assert [wordings["traits"].index(prompt) for prompt in drawn["traits"]] == [2, 1, 0, 1, 2, 2]
 
 
 def test_a_prompt_stays_and_a_row_that_has_none_is_left_to_the_checks():

@@ -242,7 +242,7 @@ def test_the_oracle_reads_the_transcript_in_place_of_the_audio(model, processor,
         assert found[row["id"]]["prediction"] == expected
 
 
-def test_a_baseline_gives_a_paired_test(model, processor, tmp_path):
+def test_a_baseline_gives_a_paired_test_of_every_metric(model, processor, tmp_path):
     rows = tiny_rows(6)
     run(model, processor, rows[:5], tmp_path / "a")
     other = tiny_trainable()
@@ -250,12 +250,16 @@ def test_a_baseline_gives_a_paired_test(model, processor, tmp_path):
     for parameter in other.model.projector.parameters():
         torch.nn.init.normal_(parameter)
     metrics = run(other, processor, rows, tmp_path / "b", baseline=tmp_path / "a")
-    test = metrics["tasks"]["asr"]["against_baseline"]
-    assert test["utterances"] == 5 and 0 <= test["p"] <= 1
+    against = metrics["tasks"]["asr"]["against_baseline"]
+    assert against["utterances"] == 5 and [*against["tests"]] == ["wer", "cer", "mean_utterance_wer"]
     mine = {name: line["prediction"] for name, line in predictions_in(tmp_path / "b").items()}
     theirs = {name: line["prediction"] for name, line in predictions_in(tmp_path / "a").items()}
-    expected = score("asr", rows[:5], mine)["wer"] - score("asr", rows[:5], theirs)["wer"]
-    assert test["difference"] == pytest.approx(expected)
+    ours, others = (score("asr", rows[:5], answers) for answers in (mine, theirs))
+    for name, test in against["tests"].items():
+        assert test["difference"] == pytest.approx(ours[name] - others[name])
+        assert 0 < test["p"] <= 1 and test["interval"][0] <= test["difference"] <= test["interval"][1]
+    page = (tmp_path / "b" / "report.html").read_text()
+    assert "on 5 common utterances" in page and '<td data-label="Metric">cer</td>' in page
     with pytest.raises(EvaluationError, match="no such file of predictions"):
         run(other, processor, rows, tmp_path / "c", baseline=tmp_path / "nowhere")
     assert not (tmp_path / "c" / "predictions.jsonl").exists()

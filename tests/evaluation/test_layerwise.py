@@ -11,6 +11,7 @@ import torch
 from tiny import tiny_processor
 from tiny_training import contrastive, tiny_rows, tiny_trainable
 
+from speechllm.evaluation import layerwise
 from speechllm.evaluation.layerwise import alignment_report, layer_alignment, linear_cka, modality_gap, unbiased_hsic
 from speechllm.evaluation.pooled_states import pooled_speech, pooled_text
 
@@ -111,7 +112,7 @@ def test_report_agrees_with_the_trainers_evaluation(trained, tmp_path):
     assert list(report["layers"]) == ["0", "2", "3"]
     for layer, measured in report["layers"].items():
         assert measured["loss"] == pytest.approx(expected[f"eval_loss_layer_{layer}"], abs=1e-4)
-        for name in ("recall@1", "recall@5", "mean_rank", "text_to_speech_recall@1"):
+        for name in ("recall@1", "recall@5", "mean_rank", "text_to_speech_recall@1", "text_to_speech_mean_rank"):
             assert measured[name] == expected[f"eval_{name}_layer_{layer}"]
     assert report["chance"] == pytest.approx(1 / 12) and report["chance_loss"] == pytest.approx(math.log(12))
     assert report["chance_mean_rank"] == pytest.approx(6.5)
@@ -141,6 +142,14 @@ def test_pooled_states_are_means_of_transformers_states(trained):
     torch.testing.assert_close(texts["3"][0], texts["3"][2])
 
 
+def test_plans_that_are_left_out_for_want_of_pot_are_said(trained, tmp_path, monkeypatch):
+    model, processor, rows = trained
+    monkeypatch.setattr(layerwise, "find_spec", lambda name: None)  # as where it is not installed
+    report = alignment_report(model, processor, rows, "0", output=tmp_path)
+    assert report["transport"] == [] and "speechllm[transport]" in report["transport_left_out"]
+    assert "No transport plans: POT is not installed" in (tmp_path / "alignment.html").read_text()
+
+
 def test_report_is_one_page_and_strict_json(trained, tmp_path):
     model, processor, rows = trained
     broken = {"id": "broken", "audio": str(tmp_path / "missing.wav"), "text": "three whole words"}
@@ -156,6 +165,7 @@ def test_report_is_one_page_and_strict_json(trained, tmp_path):
     )  # the plans are pictures, which the page must let itself show
     for path in (tmp_path / "out" / "plots").glob("*.svg"):
         ElementTree.parse(path)
+    assert "text_to_speech_mean_rank" in page and report["transport_left_out"] is None
     first, second = report["transport"]
     assert first["text"] == rows[0]["text"] and first["other_text"] == second["text"]
     assert first["cost"].keys() == report["layers"].keys() and all(0 <= cost <= 2 for cost in first["cost"].values())

@@ -15,6 +15,9 @@ def test_retrieval_by_hand():
     assert metrics["recall@1"] == pytest.approx(2 / 3)  # the second utterance is nearest to the third text
     assert metrics["recall@2"] == 1
     assert metrics["mean_rank"] == pytest.approx(4 / 3)
+    assert metrics["text_to_speech_mean_rank"] == pytest.approx(4 / 3)
+    one_way = retrieval_metrics(torch.tensor([[0.9, 0.8], [0.1, 0.5]]), ["a", "b"])
+    assert (one_way["mean_rank"], one_way["text_to_speech_mean_rank"]) == (1.5, 1)
     assert metrics["text_to_speech_recall@1"] == pytest.approx(2 / 3)
 
 

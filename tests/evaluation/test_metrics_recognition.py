@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import socket
 import subprocess
 import sys
 import zipfile
@@ -18,6 +19,15 @@ from speechllm.evaluation.metrics.error_rates import edit_counts, recognition, r
 from speechllm.evaluation.metrics.normalisation import normalise, normaliser
 
 
+WHISPER_NORMALIZER = Archive(
+    name="whisper-normalizer",
+    version="0.1.15",
+    sha256="2871b3c56557628dc30749bf3ffac7bc4ac3d3f497b0b24df27d0c4c434e113f",
+    kind="wheel",
+    licence="MIT",
+    credit="OpenAI (Whisper), tysto.com; packaged by Kurian Benoy",
+    megabytes=0.04,
+)
 SCTK = Archive(
     name="sctk",
     version="2.4.10-20151007-1312Z+dfsg2-3.1",
@@ -72,12 +82,17 @@ def test_normalisation():
         normaliser("whisper")
 
 
-def test_english_normalisation(monkeypatch):
+def test_english_normalisation_needs_no_network(monkeypatch, tmp_path):
+    def refuse(*arguments):
+        raise OSError("there is no network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setenv("SPEECHLLM_CACHE", str(tmp_path))
     normaliser.cache_clear()
-    monkeypatch.setattr(normalisation, "_english_spellings", lambda: {"colour": "color"})
-    text = "Mr. Smith won't take twenty-five dollars, um, for the colour."
-    assert normaliser("whisper-english")(text) == "mister smith will not take $25 for the color"
-    normaliser.cache_clear()
+    text = "Mr. Smith won't take twenty-five dollars, um, for the aeroplane's colour."
+    assert normaliser("whisper-english")(text) == "mister smith will not take $25 for the airplane is color"
+    assert not [*tmp_path.iterdir()]  # nothing was fetched
+    assert "MIT License" in normalisation.SPELLINGS.with_suffix(".LICENSE").read_text()
 
 
 def test_error_rates_by_hand():
@@ -166,8 +181,10 @@ def test_english_normalisation_is_that_of_whisper(tmp_path):
         "I'ma go, y'all shouldn't've been naïve: 3.14 is a hundred and three.",
         "He'd been first; she's got £5 and 7 cents, [laughs] and twenty-first-century problems.",
     ]
-    for archive in (normalisation.SPELLINGS, MORE_ITERTOOLS):
+    for archive in (WHISPER_NORMALIZER, MORE_ITERTOOLS):
         zipfile.ZipFile(fetch(archive)).extractall(tmp_path)
+    original = (tmp_path / "whisper_normalizer" / "normalizers" / "english.json").read_bytes()
+    assert normalisation.SPELLINGS.read_bytes() == original
     code = (
         "import json, sys; from whisper_normalizer.english import EnglishTextNormalizer as Original; "
         "print(json.dumps([Original()(text) for text in json.load(sys.stdin)]))"

@@ -11,8 +11,10 @@ from sacrebleu.significance import PairedTest, _bootstrap_resample, estimate_ci
 from speechllm.evaluation.metrics import ScoringError, paired_test, score
 from speechllm.evaluation.metrics.question_answering import mean_percent
 from speechllm.evaluation.metrics.resampling import (
+    CorpusMetric,
     approximate_randomisation,
     bootstrap_values,
+    compared,
     interval,
     paired_bootstrap,
 )
@@ -111,6 +113,12 @@ def test_clusters_widen_intervals():
     assert together[1] - together[0] > 2 * (alone[1] - alone[0])
     with pytest.raises(ScoringError, match="0: there is no `speaker`, which tells clusters apart"):
         score("sqa", rows, predictions, bootstrap=10, cluster="speaker")
+
+
+def test_a_metric_that_is_undefined_has_no_p():
+    undefined = CorpusMetric(np.ones((4, 1)), lambda sums: np.nan)
+    found = compared(undefined, undefined)
+    assert np.isnan(found["difference"]) and np.isnan(found["p"])
 
 
 def test_paired_test_of_rows():

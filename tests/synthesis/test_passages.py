@@ -3,9 +3,14 @@
 import re
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_training import save_base_models
 
+from speechllm import CheckpointError
 from speechllm.data.prompts import chat_of
 from speechllm.synthesis.passages import TEMPLATES, WORDS, generate_passages, question_rows
+from speechllm.synthesis.spoken_questions import Answerer, _answerable
 
 
 def test_every_answer_stands_in_its_passage_and_not_in_its_question():
@@ -55,3 +60,36 @@ def test_words_have_one_spelling_and_one_slot():
 def test_impossible_numbers_are_told():
     with pytest.raises(ValueError, match="Ask for fewer"):
         generate_passages(20, 0, apart_from=generate_passages(100_000 // 20, "other"))
+
+
+def test_answers_of_an_interrupted_run_are_not_asked_again(tmp_path):
+    asked = []
+
+    def answerer(rows):  # knows every answer
+        asked.extend(row["id"] for row in rows)
+        return [row["target"] for row in rows]
+
+    def interrupted(rows):
+        if len(asked) > 60:
+            raise RuntimeError("out of memory")
+        return answerer(rows)
+
+    arguments = (60, "train", 0, ())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        _answerable(*arguments, interrupted, tmp_path, progress=False)
+    first = {*asked}
+    asked.clear()
+    passages, rows = _answerable(*arguments, answerer, tmp_path, progress=False)
+    assert len(passages) == 60 and asked and not first & {*asked}
+    asked.clear()
+    assert _answerable(*arguments, answerer, tmp_path, progress=False) == (passages, rows) and not asked
+    assert _answerable(*arguments, answerer, tmp_path / "anew", progress=False) == (passages, rows)
+
+
+def test_a_pickled_llm_does_not_answer(tmp_path):
+    save_base_models(tmp_path)
+    weights = tmp_path / "llm/model.safetensors"
+    torch.save(load_file(weights), tmp_path / "llm/pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(CheckpointError, match=r"the LLM '.*pytorch_model.bin.* are pickled.*convert"):
+        Answerer(str(tmp_path / "llm"))

@@ -1,8 +1,10 @@
 """Speaking through a command template: the engine is a small script that really writes WAV files."""
 
 import json
+import os
 import stat
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,9 @@ import soundfile
 
 from speechllm.cli import main
 from speechllm.data.schema import load_rows
+from speechllm.synthesis import variants
 from speechllm.synthesis.engines import SynthesisError, own_engine, parse_voices
+from speechllm.synthesis.passages import WORDS
 from speechllm.synthesis.speaking import synthesise
 
 
@@ -29,6 +33,22 @@ if "stay silent" not in text:
     with wave.open(wav, "wb") as file:
         file.setparams((1, 2, 8000, 0, "NONE", ""))
         file.writeframes(struct.pack(f"<{{len(tone)}}h", *tone))
+"""
+
+
+FLITE = """#!{python} -S
+import os, struct, sys, wave
+if "--version" in sys.argv:
+    sys.exit(print("version: flite-2.2"))
+with open("{log}", "a") as file:
+    file.write(repr([part for part in sys.argv[1:] if not part.endswith(".wav")]) + "\\n")
+if len(open("{log}").readlines()) >= 7 and not os.path.exists("{log}.broken"):
+    os.close(os.open("{log}.broken", os.O_CREAT | os.O_EXCL))
+    sys.exit("it broke down")
+wav = next(part for part in sys.argv if part.endswith(".wav"))
+with wave.open(wav, "wb") as file:
+    file.setparams((1, 2, 8000, 0, "NONE", ""))
+    file.writeframes(struct.pack("<16000h", *(1000 * (i % 7) for i in range(16000))))
 """
 
 
@@ -95,6 +115,27 @@ def test_an_interrupted_run_goes_on_where_it_stopped(engine, tmp_path):
     next(iter((tmp_path / "out" / "audio").rglob("[!.]*.flac"))).unlink()
     assert speak(engine, texts, tmp_path / "out").reused == 11 and len(engine[1]()) == 13
     assert speak(engine, [*texts[:5], "Another one."], tmp_path / "out").reused == 10  # a changed text is spoken
+
+
+def test_an_interrupted_ready_made_set_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """`flite` is a script that writes WAV files, and breaks down once, at the seventh."""
+    program, log = tmp_path / "bin" / "flite", tmp_path / "log"
+    program.parent.mkdir()
+    program.write_text(FLITE.format(python=sys.executable, log=log))
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    monkeypatch.setenv("SPEECHLLM_CACHE", str(tmp_path / "cache"))
+    vocabulary = sorted({word for words in WORDS.values() for word in words if word.isalpha()})
+    sentences = [{"id": str(i), "text": " ".join(vocabulary[5 * i : 5 * i + 5])} for i in range(36)]
+    monkeypatch.setattr(variants, "wordnet_examples", lambda: sentences)
+    options = {"voices": parse_voices(["flite:slt", "flite:rms"]), "rates": (1.0,), "progress": False}
+    with pytest.raises(SynthesisError, match="broke down"):
+        variants.spoken_traits(4, 2, **options)
+    before = log.read_text().splitlines()
+    splits = variants.spoken_traits(4, 2, **options)
+    spoken = log.read_text().splitlines()
+    assert [len(rows) for rows in splits.values()] == [8, 4] and all(Path(r["audio"]).is_file() for r in splits["test"])
+    assert len(spoken) == 12 + 1 and len(set(spoken)) == 12 and before == spoken[: len(before)]  # the broken one again
 
 
 def test_one_recording_serves_equal_texts(engine, tmp_path):

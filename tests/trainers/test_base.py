@@ -1,13 +1,17 @@
 """What both trainers share: resumption, caches on disk, several devices."""
 
+import json
 from unittest import mock
 
 import pytest
 import torch
+from tiny import tiny_processor
 from tiny_training import contrastive, fine_tuning, save_base_models, tiny_rows, tiny_trainable, weights_of
+from tokenizers import Tokenizer
 from transformers import TrainingArguments
 
 from speechllm import CheckpointError, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+from speechllm.trainers import ContrastiveArguments, ContrastiveTrainer
 
 
 SMALL = dict(hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=48)
@@ -97,6 +101,22 @@ def test_other_weights_have_another_cache(tmp_path):
         changed.model.language_model.layers[2].mlp.up_proj.weight[0, 0] += 1e-3
     others = [folders(changed), folders(tiny_trainable().to(torch.bfloat16))]
     assert all(a != b for other in others for a, b in zip(other, plain))
+    eager = tiny_trainable()
+    eager.set_attn_implementation("eager")
+    mixed = [folders(eager), folders(tiny_trainable(), bf16=True)]
+    assert all(a != b for other in mixed for a, b in zip(other, plain))
+    halves = [folders(tiny_trainable().to(torch.bfloat16), bf16=bf16) for bf16 in (False, True)]
+    assert halves[0] == halves[1]  # autocast changes nothing: both stages of a run can share a cache
+    words = tiny_processor(tiny_trainable().config)
+    state = json.loads(words.tokenizer.backend_tokenizer.to_str())
+    (first, one), (second, two) = list(state["model"]["vocab"].items())[-2:]
+    state["model"]["vocab"].update({first: two, second: one})  # as many tokens, of which two have changed places
+    words.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+    options = {"feature_cache": str(tmp_path / "cache"), "text_state_cache": str(tmp_path / "cache")}
+    trainer = ContrastiveTrainer(
+        tiny_trainable(), ContrastiveArguments(str(tmp_path), use_cpu=True, **options), tiny_rows(4), None, words
+    )
+    assert trainer.text_states.folder != plain[1] and trainer.frames.folder == plain[0]
     assert folders(tiny_trainable(speech_layer=1))[0] != plain[0]
     assert folders(tiny_trainable(), layers="0,2")[1] != plain[1]
     assert folders(tiny_trainable(), prefix="")[1] != plain[1]

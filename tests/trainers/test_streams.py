@@ -115,6 +115,8 @@ def test_the_command_reads_a_folder_of_shards(tmp_path, capsys):
     assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 4
     aside = [json.loads(line) for line in (tmp_path / "run" / "set_aside.jsonl").read_text().splitlines()]
     assert [Path(item["id"]).name for item in aside] == ["0-3.wav"]
+    assert [item["kind"] for item in aside] == ["audio cannot be decoded"]
+    assert "1 utterance(s) set aside: audio cannot be decoded; e.g. " in capsys.readouterr().out
 
     capsys.readouterr()
     for options, message in (

@@ -14,8 +14,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..schema import ManifestError, Row, SetAside
-from .reading import choice, need_folder, several, table
+from ..schema import ManifestError, Row, SetAside, not_utf8
+from .reading import choice, line_not_utf8, malformed, need_folder, several, table
 
 
 FLEURS_COLUMNS = ("number", "file", "raw", "normalised", "characters", "samples", "gender")
@@ -34,7 +34,7 @@ def covost(
         language, target_language: codes as CoVoST writes them, "en", "de", "zh-CN".
 
     Raises:
-        ManifestError: if a table is missing.
+        ManifestError: if a table, or a column of it, is missing.
     """
     tasks = [choice(name, "task", ["asr", "st"]) for name in several(task)]
     pair = f"covost_v2.{language}_{target_language}"
@@ -43,10 +43,14 @@ def covost(
         raise ManifestError(f"{folder} holds neither {ready.name} nor {whole.name}. Unpack CoVoST's table there.")
     recorded = {}
     if (folder / "validated.tsv").is_file() or not ready.is_file():
-        lines = table(folder / "validated.tsv")
+        lines = table(folder / "validated.tsv", needed=("path", "sentence"), escaped=True)
         recorded = {line["path"]: line for line in lines if not isinstance(line, SetAside)}
     wanted = {split, f"{split}_covost"}  # the training set takes in more of Common Voice than its own
-    for line in table(ready if ready.is_file() else whole):
+    if ready.is_file():
+        lines = table(ready, needed=("path", "translation"))
+    else:
+        lines = table(whole, needed=("path", "translation", "split"))
+    for line in lines:
         if isinstance(line, SetAside):
             yield line
             continue
@@ -57,6 +61,9 @@ def covost(
         if sentence is None:
             reason = f"{name} is in {whole.name} but not in validated.tsv of {folder}. Use Common Voice 4."
             yield SetAside(name, reason, "no transcript in Common Voice")
+            continue
+        if not_utf8(sentence):
+            yield line_not_utf8(name, folder / "validated.tsv")
             continue
         gender = GENDERS.get(about.get("gender", ""))
         row = {
@@ -96,18 +103,26 @@ def fleurs(
         raise ManifestError(f"{here / 'audio' / split}: there is no such folder. Unpack {split}.tar.gz there.")
     translations = {}
     if target_language:
-        lines = table(folder / target_language / f"{split}.tsv", FLEURS_COLUMNS)
-        translations = {line["number"]: line[text] for line in lines if not isinstance(line, SetAside)}
+        for line in table(folder / target_language / f"{split}.tsv", FLEURS_COLUMNS):
+            if isinstance(line, SetAside):
+                yield line
+            else:
+                translations[line["number"]] = line[text]
     for line in table(here / f"{split}.tsv", FLEURS_COLUMNS):
         if isinstance(line, SetAside):
             yield line
             continue
-        gender = GENDERS.get(line["gender"].strip().lower())
+        gender, name = GENDERS.get(line["gender"].strip().lower()), f"{language} {Path(line['file']).stem}"
+        try:
+            seconds = int(line["samples"]) / 16_000
+        except ValueError as error:
+            yield malformed(name, here / f"{split}.tsv", error)
+            continue
         row = {
-            "id": f"{language} {Path(line['file']).stem}",
+            "id": name,
             "audio": str(found[0] / line["file"]),
             "text": line[text].strip(),
-            "duration": int(line["samples"]) / 16_000,
+            "duration": seconds,
             "task": "asr",
             "language": language.partition("_")[0],
             **({"gender": gender} if gender else {}),

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..schema import ManifestError, Row, SetAside
-from .reading import choice
+from .reading import MALFORMED, choice, malformed
 
 
 SUBSETS = ["XL", "L", "M", "S", "XS", "DEV", "TEST"]
@@ -38,26 +38,40 @@ def gigaspeech(folder: Path, subset: str = "M") -> Iterator[Row | SetAside]:
         raise ManifestError(f"{path} cannot be read: {error.strerror}. Give the folder that holds it.") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ManifestError(f"{path} is not GigaSpeech's JSON ({error}). Download it again.") from None
-    for recording in recordings:
-        for segment in recording["segments"]:
-            if f"{{{subset}}}" not in segment["subsets"] or segment["text_tn"].strip() in NO_SPEECH:
-                continue
-            start, seconds = segment["begin_time"], segment["end_time"] - segment["begin_time"]
-            if seconds <= 0:
-                reason = f"{segment['sid']} begins at {start} and ends at {segment['end_time']}. Download GigaSpeech.json again."
-                yield SetAside(segment["sid"], reason, "impossible times")
-                continue
-            yield {
-                "id": segment["sid"],
-                "audio": {"path": str(folder / recording["path"]), "offset": start, "duration": round(seconds, 3)},
-                "text": spoken_text(segment["text_tn"]),
-                "duration": round(seconds, 3),
-                "task": "asr",
-                "language": "en",
-                "speaker": None if segment.get("speaker") in (None, "N/A") else segment["speaker"],
-                "source": "GigaSpeech",
-                "license": "apache-2.0",
-            }
+    for number, recording in enumerate(recordings, 1):
+        if not isinstance(recording, dict) or not isinstance(recording.get("segments"), list):
+            yield malformed(f"recording {number}", path, KeyError("segments"))
+            continue
+        for place, segment in enumerate(recording["segments"], 1):
+            try:
+                if (found := _segment(folder, recording, segment, subset)) is not None:
+                    yield found
+            except MALFORMED as error:
+                name = segment.get("sid") if isinstance(segment, dict) else None
+                yield malformed(str(name or f"recording {number}, segment {place}"), path, error)
+
+
+def _segment(folder: Path, recording: dict, segment: dict, subset: str) -> Row | SetAside | None:
+    """A segment's row; `None` if it is of another subset or without speech."""
+    if f"{{{subset}}}" not in segment["subsets"] or segment["text_tn"].strip() in NO_SPEECH:
+        return None
+    start, seconds = segment["begin_time"], segment["end_time"] - segment["begin_time"]
+    if seconds <= 0:
+        reason = (
+            f"{segment['sid']} begins at {start} and ends at {segment['end_time']}. Download GigaSpeech.json again."
+        )
+        return SetAside(segment["sid"], reason, "impossible times")
+    return {
+        "id": segment["sid"],
+        "audio": {"path": str(folder / recording["path"]), "offset": start, "duration": round(seconds, 3)},
+        "text": spoken_text(segment["text_tn"]),
+        "duration": round(seconds, 3),
+        "task": "asr",
+        "language": "en",
+        "speaker": None if segment.get("speaker") in (None, "N/A") else segment["speaker"],
+        "source": "GigaSpeech",
+        "license": "apache-2.0",
+    }
 
 
 def spoken_text(transcript: str) -> str:

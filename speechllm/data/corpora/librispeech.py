@@ -14,8 +14,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..schema import ManifestError, Row, SetAside
-from .reading import Line, choice, comma_table, need_folder, several, table, text_lines
+from ..schema import ManifestError, Row, SetAside, not_utf8
+from .reading import (
+    MALFORMED,
+    Line,
+    choice,
+    comma_table,
+    line_not_utf8,
+    malformed,
+    need_folder,
+    several,
+    table,
+    text_lines,
+)
 
 
 MLS_LANGUAGES = {
@@ -53,12 +64,14 @@ def librispeech(folder: Path, split: str = "train-clean-100", case: str = "lower
         found = sorted(need_folder(folder / name, f"split {name!r} of LibriSpeech").rglob("*.trans.txt"))
         if not found:
             raise ManifestError(f"{folder / name} holds no *.trans.txt. Unpack the split again.")
+        listed: set[str] = set()
         for transcript in found:
-            for line in text_lines(transcript):
-                if isinstance(line, SetAside):
-                    yield line
+            for line in text_lines(transcript, escaped=True):
+                utterance, _, text = line.partition(" ")
+                listed.add(utterance)
+                if not_utf8(line):
+                    yield line_not_utf8(utterance, transcript)
                 elif line:
-                    utterance, _, text = line.partition(" ")
                     speaker = utterance.partition("-")[0]
                     yield {
                         "id": utterance,
@@ -71,6 +84,15 @@ def librispeech(folder: Path, split: str = "train-clean-100", case: str = "lower
                         "source": "LibriSpeech",
                         "license": "cc-by-4.0",
                     }
+        yield from _unlisted(folder / name, listed, "*.trans.txt")
+
+
+def _unlisted(folder: Path, listed: set[str], transcripts: str) -> Iterator[SetAside]:
+    """The recordings below `folder` that no line of the transcripts names."""
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".flac", ".opus")):
+        if path.stem not in listed:
+            reason = f"{path} has no line that can be read in {transcripts}. Unpack the transcripts again, or remove the recording."
+            yield SetAside(path.stem, reason, "no transcript")
 
 
 def _genders(lines: list[Line]) -> dict[str, str]:
@@ -110,9 +132,14 @@ def _mls_rows(folder: Path, split: str, code: str) -> Iterator[tuple[SetAside | 
     here = need_folder(folder / split, f"split {split!r} of Multilingual LibriSpeech")
     speakers = folder / "metainfo.txt"
     genders = _genders(text_lines(speakers)) if speakers.is_file() else {}
-    for line in table(here / "transcripts.txt", ("id", "text")):
+    listed: set[str] = set()
+    for line in table(here / "transcripts.txt", ("id", "text"), escaped=True):
         if isinstance(line, SetAside):
             yield line, None
+            continue
+        listed.add(line["id"])
+        if not_utf8(line["text"]):
+            yield line_not_utf8(line["id"], here / "transcripts.txt"), None
             continue
         speaker, book, *_ = [*line["id"].split("_"), ""]
         stem = here / "audio" / speaker / book / line["id"]
@@ -131,6 +158,8 @@ def _mls_rows(folder: Path, split: str, code: str) -> Iterator[tuple[SetAside | 
                 "license": "cc-by-4.0",
             },
         )
+    for lost in _unlisted(here, listed, "transcripts.txt"):
+        yield lost, None
 
 
 def mls_traits(
@@ -151,7 +180,12 @@ def mls_traits(
         traits: "gender", "rate", "noise", "reverberation", "monotony", "quality", "sdr_noise", "pitch".
     """
     wanted = {name: TRAITS[choice(name, "trait", [*TRAITS])] for name in several(traits)}
-    described = {_place(row, ("original_path", "begin_time", "end_time")): row for row in _descriptions(descriptions)}
+    described = {}
+    for number, row in enumerate(_descriptions(descriptions), 1):
+        try:
+            described[_place(row, ("original_path", "begin_time", "end_time"))] = row
+        except MALFORMED as error:
+            yield malformed(f"description {number}", Path(descriptions), error)
     choices = {
         name: sorted({str(row[column]).strip() for row in described.values() if row.get(column) not in (None, "")})
         for name, column in wanted.items()
@@ -160,11 +194,15 @@ def mls_traits(
         column = wanted[missing[0]]
         raise ManifestError(f"{descriptions} has no column {column!r} with the trait {missing[0]!r}. Leave it out.")
     english = _mls_folders(folder, "en")["en"]
-    places = {
-        line["id"]: _place(line, ("address", "start", "end"))
-        for line in table(english / split / "segments.txt", ("id", "address", "start", "end"))
-        if not isinstance(line, SetAside)
-    }
+    places = {}
+    for line in table(segments := english / split / "segments.txt", ("id", "address", "start", "end")):
+        try:
+            if isinstance(line, SetAside):
+                yield line
+            else:
+                places[line["id"]] = _place(line, ("address", "start", "end"))
+        except MALFORMED as error:
+            yield malformed(line["id"], segments, error)
     for line, row in _mls_rows(english, split, "en"):
         if row is None:
             yield line

@@ -19,6 +19,7 @@ from .reading import choice, need_folder, several, table, text_lines
 
 
 SOURCE = {"source": "MuST-C", "license": "cc-by-nc-nd-4.0", "language": "en"}
+MUST_SHE_COLUMNS = ("ID", "SRC", "REF", "WRONG-REF", "GENDER", "CATEGORY", "GENDERTERMS")
 LOADER = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # in C, ten times as fast
 
 
@@ -59,7 +60,8 @@ def _pair(folder: Path, split: str, code: str, tasks: list[str]) -> Iterator[Row
     if len(set(counts.values())) > 1:
         shown = ", ".join(f"{name} {count:,}" for name, count in counts.items())
         reason = f"{text}: the files do not have the same number of lines ({shown}), so no line can be trusted. Unpack it again."
-        yield SetAside(f"en-{code} {split}", reason, "line counts that differ")
+        for number in range(1, max(counts.values()) + 1):
+            yield SetAside(f"en-{code} {split}, line {number}", reason, "line counts that differ")
         return
     seen: Counter[str] = Counter()
     for segment, english, translation in zip(segments, *sides.values()):
@@ -100,7 +102,7 @@ def must_she(folder: Path, target_language: str = "it", category: str = "") -> I
         category: e.g. "1F,1M" (the speaker of herself, of himself) or "1,2"; default: all.
 
     Raises:
-        ManifestError: if there is not one table for the language.
+        ManifestError: if there is not one table for the language, or it lacks a column.
     """
     need_folder(folder, "MuST-SHE")
     tables = sorted(folder.rglob(f"MONOLINGUAL.{target_language}*.tsv"))
@@ -108,7 +110,7 @@ def must_she(folder: Path, target_language: str = "it", category: str = "") -> I
         raise ManifestError(f"{folder} holds {len(tables)} files MONOLINGUAL.{target_language}*.tsv. Give one version.")
     recordings = {path.stem: path for path in sorted(folder.rglob("*.wav"))}
     wanted = several(category)
-    for line in table(tables[0]):
+    for line in table(tables[0], needed=MUST_SHE_COLUMNS):
         if isinstance(line, SetAside):
             yield line
             continue

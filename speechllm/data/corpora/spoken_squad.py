@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..schema import ManifestError, Row, SetAside
-from .reading import choice, need_folder
+from .reading import MALFORMED, choice, malformed, need_folder
 
 
 # Split -> its file, SQuAD's file, and how the folder of its audio may begin.
@@ -40,42 +40,51 @@ def spoken_squad(folder: Path, split: str = "train", audio: str = "") -> Iterato
     """
     choice(split, "split", [*SPLITS])
     spoken, original, beginnings = SPLITS[split]
-    topics = _topics(folder / spoken)
-    numbered = _topics(folder / original) if (folder / original).is_file() else topics
-    places = {
-        question["id"]: (i, j)
-        for i, topic in enumerate(numbered)
-        for j, paragraph in enumerate(topic["paragraphs"])
-        for question in paragraph["qas"]
-    }
+    questions = _questions(folder / spoken)
+    numbered = _questions(folder / original) if (folder / original).is_file() else questions
+    places = {question["id"]: place for place, _, question in numbered if "id" in question}
     sentences = _sentences(_audio_folder(folder, audio, beginnings))
-    for topic in topics:
-        for paragraph in topic["paragraphs"]:
-            for question in paragraph["qas"]:
-                name, place = question["id"], places.get(question["id"])
-                files = sentences.get(place, {})
-                if place is None or not files or [*files] != list(range(len(files))):
-                    passage = f"{place[0]}_{place[1]}" if place else "its passage"
-                    reason = f"question {name}: sentences of {passage} are missing ({[*files]} are there). Unpack the audio again."
-                    yield SetAside(name, reason, "audio of the passage missing")
-                    continue
-                yield {
-                    "id": name,
-                    "audio": {"parts": [str(path) for path in files.values()]},
-                    "text": paragraph["context"].strip(),
-                    "task": "sqa",
-                    "question": question["question"].strip(),
-                    "answers": [answer["text"] for answer in question["answers"] if answer["text"].strip()],
-                    "passage_id": f"{place[0]}_{place[1]}",
-                    "language": "en",
-                    "source": "Spoken-SQuAD",
-                    "license": "cc-by-sa-4.0",
-                }
+    for number, (_, context, question) in enumerate(questions, 1):
+        try:
+            name = question["id"]
+            asked = {
+                "question": question["question"].strip(),
+                "answers": [answer["text"] for answer in question["answers"] if answer["text"].strip()],
+            }
+        except MALFORMED as error:
+            yield malformed(str(question.get("id", f"question {number}")), folder / spoken, error)
+            continue
+        place = places.get(name)
+        files = sentences.get(place, {})
+        if place is None or not files or [*files] != list(range(len(files))):
+            passage = f"{place[0]}_{place[1]}" if place else "its passage"
+            reason = (
+                f"question {name}: sentences of {passage} are missing ({[*files]} are there). Unpack the audio again."
+            )
+            yield SetAside(name, reason, "audio of the passage missing")
+            continue
+        yield {
+            "id": name,
+            "audio": {"parts": [str(path) for path in files.values()]},
+            "text": context.strip(),
+            "task": "sqa",
+            **asked,
+            "passage_id": f"{place[0]}_{place[1]}",
+            "language": "en",
+            "source": "Spoken-SQuAD",
+            "license": "cc-by-sa-4.0",
+        }
 
 
-def _topics(path: Path) -> list[dict]:
+def _questions(path: Path) -> list[tuple[tuple[int, int], str, dict]]:
+    """(topic, paragraph), the paragraph's context, and a question of it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["data"]
+        return [
+            ((i, j), str(paragraph["context"]), dict(question))
+            for i, topic in enumerate(json.loads(path.read_text(encoding="utf-8"))["data"])
+            for j, paragraph in enumerate(topic["paragraphs"])
+            for question in paragraph["qas"]
+        ]
     except OSError as error:
         raise ManifestError(f"{path} cannot be read: {error.strerror}. Give the folder that holds it.") from None
     except (ValueError, KeyError, TypeError) as error:

@@ -6,9 +6,18 @@
 
 from pathlib import Path
 
-from .tasks import MAIN_METRIC, ScoringError, corpus_metrics, paired_test, score, utterance_scores
+from .tasks import MAIN_METRIC, ScoringError, corpus_metrics, paired_test, paired_tests, score, utterance_scores
 
 
 MODULES = Path(__file__).parent / "modules"
 
-__all__ = ["MAIN_METRIC", "MODULES", "ScoringError", "corpus_metrics", "paired_test", "score", "utterance_scores"]
+__all__ = [
+    "MAIN_METRIC",
+    "MODULES",
+    "ScoringError",
+    "corpus_metrics",
+    "paired_test",
+    "paired_tests",
+    "score",
+    "utterance_scores",
+]

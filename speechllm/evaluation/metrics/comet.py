@@ -18,8 +18,8 @@ import numpy as np
 
 from ...data.schema import Row
 from ...downloads import cache_directory
-from .resampling import CorpusMetric
-from .tasks import answers_of, reference_of, summary
+from .resampling import CorpusMetric, compared
+from .tasks import answers_of, groups_of, reference_of, summary
 
 
 MODEL = "Unbabel/wmt22-comet-da"
@@ -41,8 +41,10 @@ def comet_score(
     gpus: int = 0,
     bootstrap: int = 0,
     seed: int = 0,
+    cluster: str | None = None,
 ) -> dict[str, Any]:
-    """`comet` (about 0 to 1; papers print it times 100), `comet_model` and, with `bootstrap`, `comet_interval`.
+    """`comet` (about 0 to 1; papers print it times 100), `comet_model`, `comet_scores` (id -> the utterance's) and, with
+    `bootstrap`, `comet_interval`.
 
     Args:
         rows: with `id`, `text` (the transcript) and `target` (the reference translation).
@@ -50,6 +52,7 @@ def comet_score(
         python: of an environment with `unbabel-comet`; default: the one made by `create_environment`.
         model: name on the Hub, or the path of a `.ckpt` file.
         gpus: how many COMET uses.
+        cluster: see `score`.
 
     Raises:
         ScoringError: if a row has no transcript, no reference or no prediction.
@@ -60,9 +63,25 @@ def comet_score(
         for row, answer in zip(rows, answers_of(rows, predictions))
     ]
     request = {"model": model, "segments": segments, "batch_size": batch_size, "gpus": gpus}
-    scores = np.array(_run(find_environment(python), request))
-    metric = CorpusMetric(np.stack([scores, np.ones(len(scores))], 1), lambda sums: sums[0] / sums[1])
-    return summary({"comet": metric}, {"comet_model": model}, bootstrap, seed)
+    scores = {row["id"]: score for row, score in zip(rows, _run(find_environment(python), request), strict=True)}
+    facts = {"comet_model": model, "comet_scores": scores}
+    return summary({"comet": _mean(rows, scores)}, facts, bootstrap, seed, groups_of(rows, cluster))
+
+
+def comet_test(
+    rows: Sequence[Row],
+    scores_a: Mapping[str, float],
+    scores_b: Mapping[str, float],
+    seed: int = 0,
+    cluster: str | None = None,
+) -> dict[str, Any]:
+    """Is system A's mean score of the rows another than system B's? As `paired_test`, from `comet_scores`."""
+    pair, groups = [_mean(rows, scores) for scores in (scores_a, scores_b)], groups_of(rows, cluster)
+    return compared(*(pair if groups is None else [metric.grouped(groups) for metric in pair]), seed)
+
+
+def _mean(rows: Sequence[Row], scores: Mapping[str, float]) -> CorpusMetric:
+    return CorpusMetric(np.array([[scores[row["id"]], 1.0] for row in rows]), lambda sums: sums[0] / sums[1])
 
 
 def find_environment(python: str | os.PathLike | None = None) -> Path:
@@ -75,8 +94,8 @@ def find_environment(python: str | os.PathLike | None = None) -> Path:
     if not path.exists():
         raise CometUnavailable(
             f"COMET needs an environment of its own, and there is no {path}. Its package ({PACKAGE}) wants Transformers "
-            "< 5. Make one with `speechllm evaluate --comet_install` (about 5 GB), or name the Python of another with "
-            "`--comet_python PATH`."
+            "< 5. Make one by adding `--comet_install` (about 5 GB): `speechllm evaluate --model DIR --data ... "
+            "--output DIR --comet --comet_install`, or name the Python of another with `--comet_python PATH`."
         )
     found = _call([path, "-I", "-c", "import comet"])
     if found.returncode:

@@ -7,8 +7,8 @@
 | `whisper-english` | also contractions, numbers, titles, fillers, British to American spelling | the same; English only |
 | `none` | single spaces | |
 
-Whisper's normalisers are Transformers' copies. `whisper-english` needs a list of 1,741 spellings that Transformers does not
-ship: it is read from the wheel `whisper-normalizer` (MIT; 40 KB, pinned), which is fetched once into the cache.
+Whisper's normalisers are Transformers' copies. The 1,739 spellings that `whisper-english` needs, which Transformers does not
+ship, lie beside this file with their licence (MIT).
 """
 
 import json
@@ -16,23 +16,14 @@ import re
 import unicodedata
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
-
-from ...downloads import Archive, fetch, read_wheel_member
 
 
 Normaliser = Callable[[str], str]
 
-SPELLINGS = Archive(
-    name="whisper-normalizer",
-    version="0.1.15",
-    sha256="2871b3c56557628dc30749bf3ffac7bc4ac3d3f497b0b24df27d0c4c434e113f",
-    kind="wheel",
-    licence="MIT",
-    credit="OpenAI (Whisper), tysto.com; packaged by Kurian Benoy",
-    megabytes=0.04,
-)
+SPELLINGS = Path(__file__).with_name("english_spellings.json")
 
 
 def normalise(text: str) -> str:
@@ -49,21 +40,16 @@ def normaliser(name: str) -> Normaliser:
 
     Raises:
         ValueError: if there is none.
-        DownloadError: if the spellings of `whisper-english` are not in the cache and cannot be fetched.
     """
     if name == "basic":
         return normalise
     if name == "whisper-basic":
         return _single_spaced(BasicTextNormalizer())
     if name == "whisper-english":
-        return _single_spaced(EnglishTextNormalizer(_english_spellings()))
+        return _single_spaced(EnglishTextNormalizer(json.loads(SPELLINGS.read_text(encoding="utf-8"))))
     if name == "none":
         return _single_spaced(str)
     raise ValueError(f"There is no normaliser {name!r}. Use basic, whisper-basic, whisper-english or none.")
-
-
-def _english_spellings() -> dict[str, str]:
-    return json.loads(read_wheel_member(fetch(SPELLINGS), "whisper_normalizer/normalizers/english.json"))
 
 
 def _single_spaced(normalise: Normaliser) -> Normaliser:

@@ -16,7 +16,7 @@ Both p-values count the observed data as one more sample, (count + 1) / (samples
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -97,7 +97,19 @@ def approximate_randomisation(a: CorpusMetric, b: CorpusMetric, samples: int = 1
     return _p(np.abs(differences), a.score - b.score)
 
 
+def compared(
+    a: CorpusMetric, b: CorpusMetric, seed: int = 0, test: Literal["randomisation", "bootstrap"] = "randomisation"
+) -> dict[str, Any]:
+    """`difference` (a - b), its `interval` (95%, paired bootstrap), the two-sided `p`, and the `test` that it is from."""
+    found = paired_bootstrap(a, b, seed=seed)
+    if test == "randomisation":
+        found["p"] = approximate_randomisation(a, b, seed=seed)
+    return {**found, "test": test}
+
+
 def _p(null: np.ndarray, difference: float) -> float:
+    if np.isnan(difference):
+        return float("nan")
     null = null[~np.isnan(null)]
     at_least = int(np.count_nonzero(null >= abs(difference) - 1e-9))  # sums in another order differ in the last digits
     return (at_least + 1) / (len(null) + 1)

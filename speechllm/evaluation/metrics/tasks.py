@@ -17,7 +17,7 @@ from .error_rates import Alignment, recognition
 from .gender_terms import gender_terms
 from .normalisation import normaliser
 from .question_answering import question_answering
-from .resampling import CorpusMetric, approximate_randomisation, bootstrap_values, interval, paired_bootstrap
+from .resampling import CorpusMetric, bootstrap_values, compared, interval
 from .traits import classification, named_choice
 from .translation import translation
 
@@ -58,7 +58,7 @@ def score(
         ModuleNotFoundError: if an optional package of the metric is missing; the message names it.
     """
     metrics, facts = corpus_metrics(task, rows, predictions, **options)
-    return summary(metrics, facts, bootstrap, seed, _groups(rows, cluster))
+    return summary(metrics, facts, bootstrap, seed, groups_of(rows, cluster))
 
 
 def summary(
@@ -98,17 +98,38 @@ def paired_test(
     Raises:
         ScoringError: as `score`, and if the task has no such metric.
     """
-    metric = metric or MAIN_METRIC.get(task)
-    groups, pair = _groups(rows, cluster), []
-    for predictions in (predictions_a, predictions_b):
-        metrics, _ = corpus_metrics(task, rows, predictions, **options)
-        if metric not in metrics:
-            raise ScoringError(f"Task {task!r} has no metric {metric!r}. Use one of {', '.join(metrics)}.")
-        pair.append(metrics[metric] if groups is None else metrics[metric].grouped(groups))
-    found = paired_bootstrap(*pair, seed=seed)
-    if test == "randomisation":
-        found["p"] = approximate_randomisation(*pair, seed=seed)
-    return {**found, "test": test}
+    wanted = [metric or MAIN_METRIC.get(task)]
+    (found,) = paired_tests(
+        task, rows, predictions_a, predictions_b, wanted, seed, test=test, cluster=cluster, **options
+    ).values()
+    return found
+
+
+def paired_tests(
+    task: str,
+    rows: Sequence[Row],
+    predictions_a: Mapping[str, str],
+    predictions_b: Mapping[str, str],
+    metrics: Sequence[str | None] | None = None,
+    seed: int = 0,
+    *,
+    test: Literal["randomisation", "bootstrap"] = "randomisation",
+    cluster: str | None = None,
+    **options: Any,
+) -> dict[str, dict[str, Any]]:
+    """Metric -> what `paired_test` says of it; by default all of the task's.
+
+    Raises:
+        ScoringError: see `paired_test`.
+    """
+    groups = groups_of(rows, cluster)
+    a, b = (corpus_metrics(task, rows, predictions, **options)[0] for predictions in (predictions_a, predictions_b))
+    if unknown := [name for name in metrics or [] if name not in a]:
+        raise ScoringError(f"Task {task!r} has no metric {unknown[0]!r}. Use one of {', '.join(a)}.")
+    pairs = {name: (a[name], b[name]) for name in (metrics or a)}
+    if groups is not None:
+        pairs = {name: tuple(metric.grouped(groups) for metric in pair) for name, pair in pairs.items()}
+    return {name: compared(*pair, seed, test) for name, pair in pairs.items()}
 
 
 def utterance_scores(
@@ -119,7 +140,8 @@ def utterance_scores(
     return {row["id"]: float(found.value(sums)) for row, sums in zip(rows, found.statistics)}
 
 
-def _groups(rows: Sequence[Row], cluster: str | None) -> list[Any] | None:
+def groups_of(rows: Sequence[Row], cluster: str | None) -> list[Any] | None:
+    """What each row is drawn together with; `None` without a `cluster` column."""
     return None if cluster is None else [_required(row, cluster, "clusters") for row in rows]
 
 
