@@ -29,4 +29,15 @@ for name in ("quickstart/report.html.jinja", "evaluation/page.css", "evaluation/
     assert (package / name).is_file(), f"package data is missing: {name}"
 print("wheel ok:", speechllm.__version__)
 PYTHON
+# What every user has must do without what only the extras bring.
+PYTHONPATH="$site" "$room/env/bin/python" - <<'PYTHON'
+import importlib
+import sys
+
+EXTRAS = {"G722", "evaluate", "geomloss", "gguf", "gradio", "multipart", "ot", "sacrebleu", "starlette", "uvicorn"}
+for name in ("speechllm", "speechllm.cli", "speechllm.objectives", "speechllm.trainers", "speechllm.training",
+             "speechllm.data.sources", "speechllm.hub.publishing", "speechllm.pipeline_speechllm"):
+    importlib.import_module(name)
+    assert not (imported := EXTRAS & set(sys.modules)), f"{name} imports {imported}, which an extra brings"
+PYTHON
 PYTHONPATH="$site" "$room/env/bin/speechllm" --version
