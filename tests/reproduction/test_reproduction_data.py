@@ -9,7 +9,8 @@ def rows(count):
     """Two rows, of recognition and translation, of each recording, and one question of every third."""
     found = []
     for i in range(count):
-        common = {"audio": f"folder/{i}.flac", "text": f"text {i}", "duration": 1.0 + i % 5, "words": [[0, 1, "text"]]}
+        words = [{"word": "text", "start": 0.0, "end": 1.0}]
+        common = {"audio": f"folder/{i}.flac", "text": f"text {i}", "duration": 1.0 + i % 5, "words": words}
         found += [{**common, "id": f"{i} asr", "task": "asr"}, {**common, "id": f"{i} st", "task": "st", "target": "x"}]
         if i % 3 == 0:
             found.append({**common, "id": f"{i} sqa", "task": "sqa", "question": "?", "target": "x"})
