@@ -296,16 +296,17 @@ def _checked(
     if not np.isfinite(samples).all():
         count = int((~np.isfinite(samples)).sum())
         raise AudioError(f"{name} has {count:,} samples that are not finite numbers. Export it again without them.")
-    if np.ptp(samples) < SILENCE:
+    low, high = samples.min(), samples.max()
+    if high - low < SILENCE:
         raise AudioError(f"{name} is silent: all of its {len(samples):,} samples are equal. Check the recording.")
-    magnitude = np.abs(samples)
-    peak = magnitude.max()
+    peak = max(-low, high)
     if peak > LARGEST_SAMPLE:
         raise AudioError(
             f"{name} has samples up to {peak:,.0f}; floats must be in [-1, 1]. Give integer samples as integers, or "
             "divide them by the largest value of their type."
         )
-    clipped = float((magnitude >= 0.999 * peak).mean())
+    # No copy of the magnitudes: the recording may be an hour long.
+    clipped = sum(map(np.count_nonzero, (samples >= 0.999 * peak, samples <= -0.999 * peak))) / len(samples)
     if clipped > LARGEST_CLIPPED_FRACTION:
         raise AudioError(
             f"{name} is clipped: {clipped:.0%} of its samples are at the peak value, so no speech can be left in it. "

@@ -156,10 +156,11 @@ class SpeechLLMProcessor(ProcessorMixin):
     def pad_features(self, segments: list[dict[str, torch.Tensor | int]]) -> dict[str, torch.Tensor]:
         """Segments of `extract_features` -> `input_values` (segments, samples) or `input_features` (segments, bins,
         steps), padded on the right, and its mask (segments, samples or steps), `True` = valid."""
+        first = segments[0]["features"]
         size = max(segment["features"].shape[-1] for segment in segments)
-        features = torch.stack(
-            [torch.nn.functional.pad(s["features"], (0, size - s["features"].shape[-1])) for s in segments]
-        )
+        features = first.new_zeros(len(segments), *first.shape[:-1], size)
+        for row, segment in zip(features, segments):
+            row[..., : segment["features"].shape[-1]] = segment["features"]
         steps = torch.tensor([segment["steps"] for segment in segments])
         mask = torch.arange(size) < steps[:, None]
         return {self.audio_input_name: features, f"{self.audio_input_name}_mask": mask}
