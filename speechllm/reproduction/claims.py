@@ -127,7 +127,7 @@ CLAIMS = (
 
 
 def claims_of(scale: Scale) -> list[Claim]:
-    """The claims as far as the scale has the rows and fractions that they compare."""
+    """The claims as far as the scale has the tasks, rows and fractions that they compare."""
 
     def there(row: str, percent: int) -> bool:
         return any(
@@ -136,7 +136,13 @@ def claims_of(scale: Scale) -> list[Claim]:
 
     found = []
     for claim in CLAIMS:
-        parts = [c for c in claim.comparisons if there(c.row, c.percent) and there(c.other, c.other_percent)]
+        parts = [
+            c
+            for c in claim.comparisons
+            if (not scale.tasks or c.task in scale.tasks)
+            and there(c.row, c.percent)
+            and there(c.other, c.other_percent)
+        ]
         found += [replace(claim, comparisons=tuple(parts))] if parts else []
     return found
 

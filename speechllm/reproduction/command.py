@@ -74,7 +74,10 @@ def _prepare(scale: Scale, fractions: list[int] | None, stage: str | None, study
     if study == "languages":
         prepare_languages()
     if stage is None:
-        prepare_fine_tuning({100, *(scale.fractions if fractions is None else fractions)})
+        fractions = scale.fractions if fractions is None else fractions
+        prepare_fine_tuning(
+            scale.name, scale.tasks, {100, *fractions, *(p for row in scale.rows for p in row.fractions or ())}
+        )
         if any(row.probed for row in scale.rows):
             prepare_probing()
 

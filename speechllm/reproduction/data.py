@@ -1,4 +1,4 @@
-"""The data of `tiny`: speech to pretrain on, a multi-task fine-tuning at every fraction, and its test.
+"""The data of `tiny` and `small`: speech to pretrain on, a multi-task fine-tuning at every fraction, and its test.
 
 | task     | from                                                                                                  |
 |----------|-------------------------------------------------------------------------------------------------------|
@@ -9,11 +9,12 @@
 | `traits` | who speaks, how fast, in what noise and room (`synthesis`)                                            |
 
 Pretraining hears prompts and passages with their transcripts, all of them: transcribed speech is what there is plenty of.
-What is written is not written again: remove `data/tiny` to have it made anew.
+What is written is not written again: remove `data/reproduction` to have it made anew.
 
 A fraction of the fine-tuning data is one of the *recordings*, and so of all rows made from them; the recordings of a
-smaller fraction are among those of a larger one. Every manifest has the same number of rows of every task, drawn from what
-the fraction has: with little data they come round more often, with all of it some are left out. Training and test share no near-duplicate prompt, and no two facts that stand together in a passage.
+smaller fraction are among those of a larger one. The manifests of a scale have the same numbers of rows (`Scale.tasks`),
+drawn from what the fraction has: with little data they come round more often, with all of it some are left out. Training
+and test share no near-duplicate prompt, and no two facts that stand together in a passage.
 """
 
 import json
@@ -36,20 +37,22 @@ from ..synthesis.variants import spoken_traits, trait_rows
 
 
 SMALL = Path("data/small")  # where the recipes look
-TINY = Path("data/tiny")
-PRETRAINING, PRETRAINING_TEST, TEST = TINY / "pretraining.jsonl", TINY / "pretraining-test.jsonl", TINY / "test.jsonl"
-TRAITS = TINY / "traits.jsonl"  # to probe for
-PROBED_RECORDINGS = 480
-LANGUAGES_OWN, LANGUAGES_ENGLISH = TINY / "languages-own.jsonl", TINY / "languages-english.jsonl"
+DATA = Path("data/reproduction")
+PRETRAINING, PRETRAINING_TEST = DATA / "pretraining.jsonl", DATA / "pretraining-test.jsonl"
+TRAITS = DATA / "traits.jsonl"  # to probe for
+PROBED_TEXTS = 40
+LANGUAGES_OWN, LANGUAGES_ENGLISH = DATA / "languages-own.jsonl", DATA / "languages-english.jsonl"
 PASSAGES = {"train": 600, "test": 80}
 VOICES = ("flite:slt", "flite:rms")
-ROWS_PER_TASK = 400
 LONGEST, LONGEST_JOINED = 8.0, 6.0  # seconds of a fine-tuning row
-TEST_ROWS = {"asr": 60, "st": 60, "sqa": 60, "traits": 96}  # the answers to the last are of a word or two
 
 
-def train_manifest(percent: int) -> Path:
-    return TINY / f"train-{percent}-percent.jsonl"
+def train_manifest(scale: str, percent: int) -> Path:
+    return DATA / scale / f"train-{percent}-percent.jsonl"
+
+
+def test_manifest(scale: str) -> Path:
+    return DATA / scale / "test.jsonl"
 
 
 def prepare_pretraining(source: str = "auto") -> None:
@@ -87,19 +90,23 @@ def spoken_passages() -> dict[str, list[Row]]:
     return spoken
 
 
-def prepare_fine_tuning(fractions: Iterable[int]) -> None:
-    """Write what is missing of the manifests of fine-tuning."""
-    missing = [percent for percent in fractions if percent and not train_manifest(percent).is_file()]
-    if not missing and TEST.is_file():
+def prepare_fine_tuning(scale: str, tasks: Mapping[str, tuple[int, int]], fractions: Iterable[int]) -> None:
+    """Write what is missing of a scale's manifests of fine-tuning.
+
+    Args:
+        tasks: task -> rows to train on, in the manifest of every fraction, and rows to test on.
+    """
+    paths = {percent: train_manifest(scale, percent) for percent in fractions if percent}
+    missing = {percent: path for percent, path in paths.items() if not path.is_file()}
+    if not missing and test_manifest(scale).is_file():
         return
-    tasks, questions, traits = {}, spoken_question_answering(progress=False), spoken_traits(progress=False)
+    rows, questions, traits = {}, spoken_question_answering(progress=False), spoken_traits(progress=False)
     for part, transcribed in (("train", PRETRAINING), ("test", PRETRAINING_TEST)):
         translated = [row for row in load_rows(SMALL / f"{part}-tasks.jsonl") if row["task"] == "st"]
-        tasks[part] = [*load_rows(transcribed), *translated, *questions[part], *trait_rows(traits[part])]
-    for percent in missing:
-        _write(train_manifest(percent), mixture(fraction(tasks["train"], percent), ROWS_PER_TASK))
-    if not TEST.is_file():
-        _write(TEST, test_rows(tasks["test"], TEST_ROWS))
+        rows[part] = [*load_rows(transcribed), *translated, *questions[part], *trait_rows(traits[part])]
+    for percent, path in missing.items():
+        _write(path, mixture(fraction(rows["train"], percent), {task: count for task, (count, _) in tasks.items()}))
+    _write(test_manifest(scale), test_rows(rows["test"], {task: count for task, (_, count) in tasks.items()}))
 
 
 def languages_test(manifest: Path) -> Path:
@@ -125,11 +132,20 @@ def prepare_languages(source: str = "auto") -> None:
 
 
 def prepare_probing() -> None:
-    """Write the recordings that are probed, with the labels' columns: those of whole texts, each in 12 conditions."""
-    if not TRAITS.is_file():
-        traits = spoken_traits(progress=False)
-        rows = [*traits["test"], *sorted(traits["train"], key=lambda row: row["text"])]
-        _write(TRAITS, rows[:PROBED_RECORDINGS])
+    """Write the recordings that are probed, with the labels' columns. Of each text those of half of the voices, by turns:
+    many texts for the words, many voices for what is said of them."""
+    if TRAITS.is_file():
+        return
+    traits = spoken_traits(progress=False)
+    by_text: dict[str, list[Row]] = {}
+    for row in [*traits["test"], *sorted(traits["train"], key=lambda row: row["text"])]:
+        by_text.setdefault(row["text"], []).append(row)
+    rows = []
+    for number, of_text in enumerate(list(by_text.values())[:PROBED_TEXTS]):
+        for gender in sorted({row["gender"] for row in of_text}):
+            voices = sorted({row["speaker"] for row in of_text if row["gender"] == gender})
+            rows += [row for row in of_text if row["speaker"] in voices[number % 2 :: 2]]
+    _write(TRAITS, rows)
 
 
 def fraction(rows: list[Row], percent: int) -> list[Row]:
@@ -140,14 +156,11 @@ def fraction(rows: list[Row], percent: int) -> list[Row]:
     return [row for row in rows if row["audio"] in kept]
 
 
-def mixture(rows: list[Row], count: int) -> list[Row]:
-    """`count` rows of every task, each as often as the others of its task."""
-    by_task: dict[str, list[Row]] = {}
-    for row in rows:
-        if row["duration"] <= LONGEST:
-            by_task.setdefault(row["task"], []).append(row)
+def mixture(rows: list[Row], counts: Mapping[str, int]) -> list[Row]:
+    """So many rows of every task, each as often as the others of its task."""
     mixed = []
-    for task, pool in sorted(by_task.items()):
+    for task, count in sorted(counts.items()):
+        pool = [row for row in rows if row["task"] == task and row["duration"] <= LONGEST]
         if task == "asr":
             mixed += [
                 {**row, "id": f"asr {row['id']}", "task": "asr"} for row in joined_rows(pool, count, LONGEST_JOINED)

@@ -65,6 +65,7 @@ class Scale:
         fraction_settings: percent -> settings that take that part of the data.
         probing: see `probing.py`.
         prepared: whether the command makes its data (`data.py`); otherwise the recipes' manifests must be there.
+        tasks: if so, task -> rows of fine-tuning in the manifest of each fraction, and rows of the test.
         notes: what a reader of the results must know of the settings; goes into the report.
     """
 
@@ -77,6 +78,7 @@ class Scale:
     fraction_settings: Mapping[int, Settings] = field(default_factory=dict)
     probing: Settings = field(default_factory=dict)
     prepared: bool = False
+    tasks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     seeds: int = 3
     notes: tuple[str, ...] = ()
 

@@ -57,6 +57,11 @@ STUDIES = {
             _at_layers("first-middle-last", "0,15,-1"),
         ),
     ),
+    "data": Study(
+        "Does more pretraining data help? 29% are to all of it what the paper's 400 hours are to its 1,400.",
+        ("contr-cos-all",),
+        (Variant("contr-cos-all-29-percent", "contr-cos-all", {"train_fraction": 0.29}),),
+    ),
     "negatives": Study(
         "Do the other direction, mined hard negatives, or more negatives help?",
         ("contr-cos-all",),
@@ -145,7 +150,7 @@ def scale_of(scale: Scale, name: str) -> Scale:
 
 
 def _row(variant: Variant, known: Mapping[str, Row], scale: Scale) -> Row:
-    row = replace(known[variant.of], name=variant.name, seeds=1, fractions=variant.fractions)
+    row = replace(known[variant.of], name=variant.name, seeds=1, fractions=variant.fractions, probed=False)
     if variant.fine_tuning is not None:
         return replace(
             row, recipe=None, settings={}, start=None, pretrained_as=variant.of, fine_tuning=variant.fine_tuning

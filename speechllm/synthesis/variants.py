@@ -41,7 +41,10 @@ from .texts import wordnet_examples
 RATES = (0.7, 1.0, 1.4)
 SNRS = (None, 15.0, 0.0)
 REVERBERATIONS = (None, 0.8)
-VOICES = ("flite:slt", "flite:rms", "espeak-ng:en-us+f3", "espeak-ng:en-us+m3")
+VOICES = (
+    "flite:slt", "espeak-ng:en-us+f2", "espeak-ng:en-us+f3", "espeak-ng:en-gb+f4",
+    "flite:rms", "flite:awb", "espeak-ng:en-us+m3", "espeak-ng:en-gb+m1",
+)  # fmt: skip
 FORMAT = 1  # raise when the data set changes, so that cached ones are built again
 
 
@@ -179,7 +182,7 @@ def spoken_traits(
     words in every voice at every rate, each recording in one condition of noise and room (module docstring).
 
     Returns:
-        "train" and "test": one row per recording with the label columns; `trait_rows` asks about them. 12 recordings
+        "train" and "test": one row per recording with the label columns; `trait_rows` asks about them. 24 recordings
         per text by default, of about 2 s.
 
     Raises:
