@@ -43,6 +43,7 @@ from .pairwise_transport import (
 # exp2 is cut off here: results below the normal range slow CPUs down. Sums whose log2 is above SMALLEST_LOG_SUM do not notice.
 LOWEST_EXPONENT = {torch.float32: -72.0, torch.float64: -700.0}
 SMALLEST_LOG_SUM = -48.0
+LARGE_BLOCK = 2**24  # pairs of tokens, over all layers, in one block on a GPU: 64 MB in float32
 
 
 def wasserstein_distance_matrix(
@@ -85,12 +86,18 @@ def wasserstein_distance_matrix(
             distances, stable = _SinkhornDivergence.apply(text, text_mask, speech, speech_mask, epsilons)
             if stable:
                 return distances
-        layers = zip(text, speech) if text.ndim == 4 else [(text, speech)]
         options = dict(blur=blur, scaling=scaling, diameter=diameter)
-        matrices = [
-            by_autograd(pairwise_sinkhorn_divergence, x, text_mask, y, speech_mask, **options) for x, y in layers
-        ]
-        return torch.stack(matrices) if text.ndim == 4 else matrices[0]
+        if text.ndim == 4:  # perhaps only one of the layers is not stable
+            layers = [
+                wasserstein_distance_matrix(x, text_mask, y, speech_mask, **options) for x, y in zip(text, speech)
+            ]
+            return torch.stack(layers)
+        return by_autograd(pairwise_sinkhorn_divergence, text, text_mask, speech, speech_mask, **options)
+
+
+def in_large_blocks(device: torch.device) -> bool:
+    """Whether few large operations are faster there than many that fit the cache: each costs a launch on a GPU."""
+    return device.type != "cpu"
 
 
 class _Packed:
@@ -201,10 +208,11 @@ def _blocks(x: _Packed, y: _Packed) -> list[tuple[slice, tuple[int, int], tuple[
     """(layers, first and last text, first and last utterance) of blocks that cover all pairs.
 
     On a CPU a block and its exponential stay in the cache, and 16 columns is what sums over utterances
-    cost at least. On a GPU few and large blocks save kernel launches.
+    cost at least. On a GPU few and large blocks, of all layers, save kernel launches.
     """
-    layers, on_cpu = len(x.units), x.units.device.type == "cpu"
-    width, most_texts, most_elements = (16, 4, 240_000) if on_cpu else (32, 32, 2**24)
+    layers, large = len(x.units), in_large_blocks(x.units.device)
+    # of all layers together: several in one call take no more memory than one
+    width, most_texts, most_elements = (32, 32, LARGE_BLOCK // max(1, layers)) if large else (16, 4, 240_000)
     groups = -(-len(y.kept) // width)
     bounds = [len(y.kept) * group // groups for group in range(groups + 1)] if groups else []
     blocks = []
@@ -221,7 +229,7 @@ def _blocks(x: _Packed, y: _Packed) -> list[tuple[slice, tuple[int, int], tuple[
                 last += 1
             blocks.append(((first, last), utterances))
             first = last
-    layer_slices = [slice(layer, layer + 1) for layer in range(layers)] if on_cpu else [slice(0, layers)]
+    layer_slices = [slice(0, layers)] if large else [slice(layer, layer + 1) for layer in range(layers)]
     return [(layer, *block) for layer in layer_slices for block in blocks]
 
 
@@ -298,7 +306,8 @@ def _self_terms(packed: _Packed, epsilons: Sequence[float], needs_gradient: bool
     values = units.new_empty(len(units), len(packed.lengths))
     barycentres = torch.empty_like(units) if needs_gradient else None
     stable = torch.ones((), dtype=torch.bool, device=units.device)
-    for items in _similar_lengths(packed.lengths, on_cpu=units.device.type == "cpu"):
+    most_elements = LARGE_BLOCK // max(1, len(units)) if in_large_blocks(units.device) else 120_000
+    for items in _similar_lengths(packed.lengths, most_elements):
         lengths, longest = [packed.lengths[item] for item in items], packed.lengths[items[0]]
         gram = units.new_full((len(units), len(items), longest, longest), -1e6)  # padding weighs nothing
         potential = units.new_zeros(len(units), len(items), longest)
@@ -328,10 +337,9 @@ def _self_terms(packed: _Packed, epsilons: Sequence[float], needs_gradient: bool
     return values, barycentres, stable
 
 
-def _similar_lengths(lengths: Sequence[int], on_cpu: bool) -> list[list[int]]:
+def _similar_lengths(lengths: Sequence[int], most_elements: int) -> list[list[int]]:
     """Items in batches, longest first; in a batch none is shorter than 0.6 times the longest."""
     batches: list[list[int]] = []
-    most_elements = 120_000 if on_cpu else 2**24
     for item in sorted(range(len(lengths)), key=lambda item: -lengths[item]):
         longest = lengths[batches[-1][0]] if batches else 0
         if batches and lengths[item] >= 0.6 * longest and (len(batches[-1]) + 1) * longest**2 <= most_elements:
