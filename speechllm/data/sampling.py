@@ -3,6 +3,16 @@
 In a contrastive batch, two utterances of the same sentence would be each other's negatives. `DistinctBatchSampler` puts
 a key (the transcript) into a batch at most once, also across the processes that share a global batch, and draws the
 items of a batch from a few batches' worth of shuffled items sorted by length.
+
+Padding is bounded. Within such a window, batches are consecutive runs of the items sorted by length, so the ranges of
+their lengths add up to at most longest - shortest: a window's batches of B items have at most B * (longest - shortest)
+positions of padding, however many batches there are. Two things loosen that:
+
+- Where one window holds all items, lengths are blurred by r = 0.2, or every epoch would have the same batches. With
+  q = (1 + r) / (1 - r) = 1.5 and the sum V of all lengths, its batches have at most q V + B * (q longest - shortest)
+  positions: at most a third is padding, but for a batch and a half of the longest items.
+- Items held back for their key join a later batch, of shorter items. Such a batch is only known to have at most
+  B * longest positions.
 """
 
 import random
@@ -12,7 +22,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from torch.utils.data import Sampler
 
 
-LENGTH_BLUR = 0.2  # lengths are compared up to so much, so that batches differ from epoch to epoch
+LENGTH_BLUR = 0.2  # of one window that holds all items: their lengths are compared up to so much
 
 
 class DistinctBatchSampler(Sampler[list[int]]):
@@ -24,7 +34,8 @@ class DistinctBatchSampler(Sampler[list[int]]):
         batch_size: items per batch and process.
         processes: consecutive batches that form one global batch (Accelerate deals them out to its processes).
         seed: of the shuffle, together with the epoch.
-        window: global batches' worth of items that are sorted by length together; 0 turns sorting off.
+        window: global batches' worth of items that are sorted by length together, hence the bound on padding above;
+            0 turns sorting off.
 
     Raises:
         ValueError: if there are fewer distinct keys than a global batch needs.
@@ -102,10 +113,11 @@ def packed_batches(
     are sorted by length together, 0 turns sorting off.
     """
     if window:
-        blurred = [length * generator.uniform(1 - LENGTH_BLUR, 1 + LENGTH_BLUR) for length in lengths]
         windows = [order[start : start + size * window] for start in range(0, len(order), size * window)]
+        if len(windows) == 1:  # several differ from shuffle to shuffle, and their batches with them
+            lengths = [length * generator.uniform(1 - LENGTH_BLUR, 1 + LENGTH_BLUR) for length in lengths]
         # Longest first: what cannot be packed at the end are then short texts, which repeat the most.
-        order = [i for items in windows for i in sorted(items, key=blurred.__getitem__, reverse=True)]
+        order = [i for items in windows for i in sorted(items, key=lengths.__getitem__, reverse=True)]
     batches, waiting, stream = [], deque(), iter(order)
     while True:
         batch, taken, passed = [], set(), deque()

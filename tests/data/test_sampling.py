@@ -5,7 +5,7 @@ import random
 import pytest
 from accelerate.data_loader import BatchSamplerShard
 
-from speechllm.data.sampling import DistinctBatchSampler
+from speechllm.data.sampling import DistinctBatchSampler, packed_batches
 
 
 KEYS = [f"text {i % 40}" if i % 3 else "yes" for i in range(150)]
@@ -56,6 +56,57 @@ def test_similar_lengths_share_a_batch():
         return sum(spreads) / len(spreads)
 
     assert spread(10) < 0.6 * spread(0)
+
+
+def drawn_batches(seed, repeats=0.0):
+    """Random items in random order, packed: lengths, windows, and the processes' batches with the size of each."""
+    draw = random.Random(seed)
+    count, size, processes = draw.randrange(80, 1500), draw.randrange(2, 9), draw.randrange(1, 4)
+    window = draw.choice([1, 4, 40, 1000])
+    length = draw.choice([lambda: draw.lognormvariate(2, 1), lambda: draw.uniform(5, 15), lambda: draw.choice([1, 30])])
+    lengths = [length() for _ in range(count)]
+    keys = [f"again {i % 7}" if draw.random() < repeats else i for i in range(count)]
+    order = draw.sample(range(count), count)
+    windows = [order[start : start + size * processes * window] for start in range(0, count, size * processes * window)]
+    packed, _ = packed_batches(order, keys, lengths, size * processes, window, draw)
+    batches = [batch[start : start + size] for batch in packed for start in range(0, len(batch), size)]
+    return keys, lengths, windows, batches, size
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_padding_of_a_window_is_at_most_a_batch_of_its_range(seed):
+    _, lengths, windows, batches, size = drawn_batches(seed)
+    for window in windows:
+        found = [batch for batch in batches if not set(window).isdisjoint(batch)]
+        assert all(set(batch) <= set(window) for batch in found)
+        used = [lengths[i] for batch in found for i in batch]
+        if not used:
+            continue  # the last items, too few for a batch
+        positions = sum(size * max(lengths[i] for i in batch) for batch in found)
+        if len(windows) > 1:
+            assert positions - sum(used) <= size * (max(used) - min(used)) + 1e-6
+        else:  # lengths are blurred
+            assert positions <= 1.5 * sum(used) + size * (1.5 * max(used) - min(used)) + 1e-6
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_items_held_back_loosen_the_bound_by_their_batches_only(seed):
+    keys, lengths, windows, batches, size = drawn_batches(seed, repeats=0.05)
+    blur = 1.0 if len(windows) > 1 else 1.5
+    positions = sum(size * max(lengths[i] for i in batch) for batch in batches)
+    ranges = sum(size * (blur * max(of) - min(of)) for of in ([lengths[i] for i in window] for window in windows))
+    loose = sum(any(keys.count(keys[i]) > 1 for i in batch) for batch in batches)
+    loose += len(windows) - 1  # held-back items shift the others: a batch may take from two windows
+    used = sum(lengths[i] for batch in batches for i in batch)
+    assert positions <= blur * used + ranges + loose * size * max(lengths)
+
+
+def test_batches_differ_from_epoch_to_epoch_also_where_one_window_holds_all():
+    for window in (2, 1000):
+        batches = DistinctBatchSampler(range(144), LENGTHS[:144], batch_size=8, window=window)  # none left over
+        first = {frozenset(batch) for batch in batches}
+        batches.set_epoch(1)
+        assert len(first & {frozenset(batch) for batch in batches}) < len(first) / 2
 
 
 def test_shards_form_the_global_batches():
