@@ -90,6 +90,11 @@ class SpeechLLMPreTrainedModel(SpeechLLMCheckpointMixin, PreTrainedModel):
     # The projector is small and trained: it stays in fp32 whatever the dtype of the frozen parts.
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["projector"]
 
+    def post_init(self) -> None:
+        super().post_init()
+        # Some families name the layers of all their variants (HuBERT); FSDP refuses names of layers that are not there.
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)

@@ -14,6 +14,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,7 @@ class SpeechLLMTrainer(PushingTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self.check_processes()
         use_dashboards(self.callback_handler)
         self.add_callback(EpochOfSampler(self))
         self.frames = self._frame_cache() if args.feature_cache else None
@@ -151,6 +153,13 @@ class SpeechLLMTrainer(PushingTrainer):
     def trained_module(self, model):
         """The module whose forward pass is trained; what is saved is the whole model."""
         return model
+
+    def check_processes(self) -> None:
+        """Before any data is read: refuse what cannot work with the processes and devices there are.
+
+        Raises:
+            ValueError: if a setting does not go with them.
+        """
 
     def items(self, rows: list[Row]) -> SpeechItems:
         """The stage's data set of `rows`."""
@@ -253,8 +262,13 @@ class SpeechLLMTrainer(PushingTrainer):
     def eval_batches(self, dataset: SpeechItems, padding_side: str = "right") -> DataLoader:
         """This process's share of `dataset`, in batches of similar length; each item's place is in `batch["rows"]`."""
         order = sorted(range(len(dataset)), key=lambda i: -approximate_length(dataset.rows[i]))
-        size = self.args.per_device_eval_batch_size
-        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        size, processes = self.args.per_device_eval_batch_size, self.args.world_size
+        if self.is_fsdp_enabled:  # processes hand each other their weights: each must run the model equally often
+            count = -(-len(order) // (size * processes)) * processes
+            bounds = [len(order) * batch // count for batch in range(count + 1)]  # an empty batch gets a stand-in
+        else:
+            bounds = [*range(0, len(order), size), len(order)]
+        batches = [order[first:last] for first, last in pairwise(bounds)]
         return self._loader(
             dataset, padding_side, batch_sampler=batches[self.args.process_index :: self.args.world_size]
         )
@@ -343,7 +357,12 @@ class SpeechLLMTrainer(PushingTrainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         if state_dict is not None and self.model is not self.speechllm:
-            state_dict = {**self.speechllm.state_dict(), **{f"model.{k}": v for k, v in state_dict.items()}}
+            # The head is no part of what is trained. A tied one is the embedding table: of split weights, a part.
+            tied = self.speechllm.all_tied_weights_keys
+            head = {
+                k: v for k, v in self.speechllm.state_dict().items() if not k.startswith("model.") and k not in tied
+            }
+            state_dict = head | {f"model.{k}": v for k, v in state_dict.items()}
         values = {name: str(value) for name, value in asdict(self.args).items() if not name.endswith("_token")}
         with explained_saving(folder):
             self.speechllm.save_pretrained(folder, state_dict=state_dict)
@@ -387,6 +406,9 @@ class SpeechLLMTrainer(PushingTrainer):
         self._positions = state["positions"]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:  # by now the weights are split; Accelerate has saved them in a file of its own
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         folder = Path(resume_from_checkpoint)
         if (folder / PROJECTOR_WEIGHTS).is_file():
             self.speechllm.load_trained_weights(folder)
@@ -404,7 +426,7 @@ class SpeechLLMTrainer(PushingTrainer):
             self.speechllm.load_trained_adapter(folder / ADAPTER_FOLDER)
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._load_from_checkpoint(self.state.best_model_checkpoint, self.model)
 
 
 def _check_stream_settings(args: SpeechLLMTrainingArguments) -> None:

@@ -110,10 +110,6 @@ class ContrastiveTrainer(SpeechLLMTrainer):
         language_model = self.headless.language_model
         if args.position_shift and "position_ids" not in inspect.signature(language_model.forward).parameters:
             raise ValueError(f"position_shift: {type(language_model).__name__} takes no positions. Leave it out.")
-        if args.gradcache_chunk and self.is_deepspeed_enabled:
-            raise ValueError(
-                "gradcache_chunk runs several backward passes per step, which DeepSpeed does not allow: use DDP."
-            )
         learned_layers = self.all_layers if args.layer_weights == "learned" else []
         self.scalars = None
         if args.temperature_learned or learned_layers:
@@ -125,10 +121,16 @@ class ContrastiveTrainer(SpeechLLMTrainer):
         if self.train_rows and (args.text_bank or args.hard_negatives):
             keys = [self.batch_key(row) for row in self.train_rows]
             self.further_negatives = FurtherNegatives(self.train_rows, keys, self.text_states, args, self.all_layers)
-        self.terms.prepare()
 
     def trained_module(self, model):
         return getattr(model, "model", model)
+
+    def check_processes(self) -> None:
+        if self.args.gradcache_chunk and self.is_deepspeed_enabled:
+            raise ValueError(
+                "gradcache_chunk runs several backward passes per step, which DeepSpeed does not allow: use DDP."
+            )
+        self.terms.prepare()
 
     def items(self, rows: list[Row]) -> AlignmentItems:
         items = AlignmentItems(
@@ -406,10 +408,10 @@ class ContrastiveTrainer(SpeechLLMTrainer):
         found: dict[int, dict[str, tuple[dict[int, torch.Tensor], torch.Tensor]]] = {}
         for batch in self.eval_batches(dataset):
             batch = self.on_device(batch)
-            if not batch["weight"]:
-                continue
             with self.accelerator.autocast():  # in training, `Trainer` sees to it
                 states = self.aligned_states(self.headless, batch, self.all_layers)
+            if not batch["weight"]:  # a stand-in, which ran only because other processes may wait for it
+                continue
             if self.pooled:
                 states = pool(states)
             for i, row in enumerate(batch["rows"]):

@@ -108,10 +108,11 @@ class FineTuningTrainer(SpeechLLMTrainer):
 
     @property
     def _shares_start(self) -> bool:
-        # Gradient checkpointing runs layers twice, which a cache of keys and values does not survive; sharded weights are
-        # whole only inside the wrapped model's own pass.
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        return not self.args.gradient_checkpointing and (self._llm_is_frozen or not sharded)
+        # Gradient checkpointing runs layers twice, which a cache of keys and values does not survive; FSDP's weights are
+        # whole only inside the wrapped model's own pass, and DeepSpeed shares the gradients of no other.
+        if self.args.gradient_checkpointing or self.is_fsdp_enabled:
+            return False
+        return self._llm_is_frozen or not self.is_deepspeed_enabled
 
     def _keys_and_values(self, start: torch.Tensor) -> Any:
         self.llm_tokens += len(start)
@@ -190,8 +191,8 @@ class FineTuningTrainer(SpeechLLMTrainer):
         total = torch.zeros(2, dtype=torch.float64)
         for batch in self.eval_batches(dataset):
             batch = self.on_device(batch)
-            if batch["weight"]:
-                loss = self.speechllm(**self._model_inputs(batch), answer_logits_only=True, num_items_in_batch=1).loss
+            loss = self.speechllm(**self._model_inputs(batch), answer_logits_only=True, num_items_in_batch=1).loss
+            if batch["weight"]:  # else a stand-in, which ran only because other processes may wait for it
                 total += torch.tensor([loss.item(), (batch["labels"][:, 1:] != -100).sum().item()], dtype=torch.float64)
         if self.args.world_size > 1:
             total = self.accelerator.reduce(total.to(self.args.device)).cpu()
@@ -204,9 +205,9 @@ class FineTuningTrainer(SpeechLLMTrainer):
         found: dict[str, str] = {}
         for batch in self.eval_batches(dataset, padding_side="left"):
             batch = self.on_device(batch)
-            if not batch["weight"]:
-                continue
             texts = generate_texts(self.speechllm, self.processing_class, batch, self.args.max_new_tokens)
+            if not batch["weight"]:  # a stand-in, which ran only because other processes may wait for it
+                continue
             found.update({dataset.rows[row]["id"]: text for row, (text, _) in zip(batch["rows"], texts)})
         if self.args.world_size > 1:
             found = dict(gather_object(list(found.items())))

@@ -82,7 +82,7 @@ class ObjectiveTerms:
         return {name: (weight, getattr(self, name)) for name, weight in self.weights.items()}
 
     def prepare(self) -> None:
-        """Once the trainer has its devices: bring the head, no part of the trained module, there too.
+        """As soon as the trainer has its devices: bring the head, no part of the trained module, there too.
 
         Raises:
             ValueError: for what passes outside the wrapped module would get wrong: a trained LLM on several processes, or

@@ -121,3 +121,23 @@ def test_other_weights_have_another_cache(tmp_path):
     assert folders(tiny_trainable(), layers="0,2")[1] != plain[1]
     assert folders(tiny_trainable(), prefix="")[1] != plain[1]
     assert folders(tiny_trainable(), layers="0,2")[0] == plain[0]
+
+
+@pytest.mark.parametrize(
+    ("count", "sharded", "batches"),
+    [(7, False, [2, 1, 1]), (7, True, [2, 2, 2]), (4, True, [1, 1, 1]), (2, True, [1, 1, 1])],
+)
+def test_processes_share_evaluation(count, sharded, batches, tmp_path, monkeypatch):
+    """Each row is with one process; where weights are split, all processes run the model equally often."""
+    trainer = contrastive(tmp_path, held_out=tiny_rows(count, first=16), per_device_eval_batch_size=2)
+    trainer.is_fsdp_enabled = sharded
+    monkeypatch.setattr(ContrastiveArguments, "world_size", 3)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(ContrastiveArguments, "process_index", rank)
+        shares.append(
+            [batch["rows"] if batch["weight"] else [] for batch in trainer.eval_batches(trainer.eval_dataset)]
+        )
+    assert [len(share) for share in shares] == batches
+    assert sorted(row for share in shares for batch in share for row in batch) == list(range(count))
+    assert max(len(batch) for share in shares for batch in share) <= 2

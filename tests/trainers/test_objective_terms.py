@@ -25,6 +25,7 @@ from tiny_training import (
     weights_of,
 )
 from torch.nn import functional as F
+from transformers import Trainer
 from two_processes import Watch
 
 from speechllm.data.forced_alignment import aligned_row
@@ -400,6 +401,19 @@ def test_weights_that_several_processes_would_not_share(tmp_path, monkeypatch):
     frozen.terms.prepare()
     with pytest.raises(ValueError, match="distillation_weight on several processes needs a frozen LLM"):
         trainer.terms.prepare()
+
+
+def test_split_weights_are_refused_before_any_data_is_read(tmp_path, monkeypatch):
+    create = Trainer.create_accelerator_and_postprocess
+
+    def with_fsdp(trainer):
+        create(trainer)
+        trainer.is_fsdp_enabled = True
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", with_fsdp)
+    with pytest.raises(ValueError, match="distillation_weight needs whole weights.*Use DDP or ZeRO stage 2"):
+        contrastive(tmp_path, distillation_weight=1.0, feature_cache=str(tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()
 
 
 def test_mixed_sequences_agree_with_the_trainer(tmp_path):

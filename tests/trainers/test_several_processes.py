@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from tiny_training import weights_of
 from two_processes import RUNS, run, run_sharded, run_twice
+
+from speechllm import SpeechLLMForConditionalGeneration
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """What became of all runs on two processes, per process."""
-    return run_twice(tmp_path_factory.mktemp("two"), [*RUNS, "sharded"])
+    return run_twice(tmp_path_factory.mktemp("two"), list(RUNS))
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name not in ("per device", "not finite")])
@@ -29,12 +32,21 @@ def test_without_gathering_two_processes_are_two_batches(two, tmp_path):
     assert two[0]["per device"]["logs"][0]["loss"] < 0.9 * run("cosine", tmp_path)["logs"][0]["loss"]
 
 
-def test_sharded_weights_train_as_whole_ones(two, tmp_path):
-    one = run_sharded(tmp_path, 1)
-    for found in two:
-        assert found["sharded"]["losses"] == pytest.approx(one["losses"], abs=1e-4)
-    for name, value in two[0]["sharded"]["weights"].items():
-        torch.testing.assert_close(value, one["weights"][name], atol=1e-4, rtol=0, msg=name)
+def test_sharded_weights_train_evaluate_save_and_resume_as_whole_ones(tmp_path):
+    """FSDP2 as Accelerate sets it up for the trainers."""
+    sharded = [found["sharded"] for found in run_twice(tmp_path, ["sharded"])]
+    one = run_sharded(tmp_path / "one")
+    for kind in one:
+        for found in sharded:
+            assert found[kind]["losses"] == pytest.approx(one[kind]["losses"], abs=1e-4)
+            assert found[kind]["resumed"] == pytest.approx(one[kind]["losses"], abs=1e-4)
+            assert found[kind]["evaluation"] == pytest.approx(one[kind]["evaluation"], abs=1e-4)
+        saved, expected = (
+            weights_of(SpeechLLMForConditionalGeneration.from_pretrained(folder).model.projector)
+            for folder in (tmp_path / kind / "saved by 2", tmp_path / "one" / kind / "saved by 1")
+        )
+        for name, value in saved.items():
+            torch.testing.assert_close(value, expected[name], atol=1e-4, rtol=0, msg=name)
 
 
 def test_every_process_says_what_is_not_finite(two):

@@ -5,12 +5,10 @@ import socket
 
 import torch
 import torch.multiprocessing
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from tiny import tone
-from tiny_training import contrastive, gradient_of, tiny_rows, tiny_trainable, uneven_rows, weights_of
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from tiny_training import contrastive, fine_tuning, gradient_of, tiny_rows, tiny_trainable, uneven_rows, weights_of
 from transformers import TrainerCallback
 
 from speechllm.objectives import masked_mean
@@ -109,32 +107,64 @@ def run(name, folder, processes=1):
     }
 
 
-def run_sharded(folder, processes):
-    """Two steps by hand, the weights split over processes by FSDP2 (if there are several); losses and the weights after.
+def split_weights():
+    """Have Accelerate split weights over the processes (FSDP2), as `recipes/accelerate/fsdp2.yaml` does.
 
-    Accelerate takes its FSDP plugin on accelerators only; this is what it does there.
+    It does so on accelerators only, so that gloo's processes on CPUs pass for GPUs here.
     """
-    options = {"layers": "0,2", "symmetric": True, "length_window": 0, "learning_rate": 1e-3}
-    trainer = contrastive(
-        folder, tiny_trainable(), tiny_rows(24), per_device_train_batch_size=8 // processes, **options
+    os.environ.update(
+        ACCELERATE_USE_FSDP="true",
+        FSDP_VERSION="2",
+        FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
+        FSDP_RESHARD_AFTER_FORWARD="true",
+        FSDP_CPU_RAM_EFFICIENT_LOADING="false",
+        FSDP_STATE_DICT_TYPE="FULL_STATE_DICT",
     )
+    init = PartialState.__init__
+
+    def as_gpus(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        if self._shared_state["distributed_type"] == DistributedType.MULTI_CPU:  # not where it is FSDP already
+            self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = as_gpus
+
+
+def run_sharded(folder, processes=1):
+    """Pretraining and fine-tuning, each at once and stopped and resumed half-way; losses, weights, and what evaluation says."""
     if processes > 1:
-        mesh = init_device_mesh("cpu", (processes,))
-        for layer in trainer.model.llm_layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(trainer.model, mesh=mesh)
-        assert sum(p.to_local().numel() for p in trainer.model.parameters()) < 0.6 * trainer.model.num_parameters()
-    optimizer = torch.optim.AdamW([p for p in trainer.model.parameters() if p.requires_grad], lr=1e-3)
-    trainer.model.train()
-    losses = []
-    for batch, _ in zip(trainer.get_train_dataloader(), range(3)):
-        loss = trainer.compute_loss(trainer.model, batch)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    weights = get_model_state_dict(trainer.model, options=StateDictOptions(full_state_dict=True))
-    return {"losses": losses, "weights": {k: v for k, v in weights.items() if k.startswith("projector")}}
+        split_weights()
+    common = {"learning_rate": 1e-3, "warmup_steps": 0, "length_window": 0, "max_steps": 4, "lr_scheduler_type": "constant",
+              "per_device_train_batch_size": 8 // processes, "per_device_eval_batch_size": 2}  # fmt: skip
+
+    def train(kind, make, part="whole", resume=None, **options):
+        torch.manual_seed(0)
+        trainer = make(
+            folder / kind / part, tiny_trainable(), tiny_rows(24), tiny_rows(5, first=24), **common, **options
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        if processes > 1:
+            assert trainer.is_fsdp_enabled
+            assert sum(p.to_local().numel() for p in trainer.model.parameters()) < 0.6 * trainer.model.num_parameters()
+        return trainer
+
+    found = {}
+    for kind, make, options in (
+        ("pretraining", contrastive, {"layers": "0,2", "symmetric": True}),
+        ("fine-tuning", fine_tuning, {}),
+    ):
+        whole = train(kind, make, **options)
+        evaluation = whole.evaluate()
+        train(kind, make, "part", save_strategy="steps", save_steps=2, **options)
+        halfway = folder / kind / "part" / "checkpoint-2"
+        resumed = train(kind, make, "resumed", resume=str(halfway), **options)
+        whole.save_model(str(folder / kind / f"saved by {processes}"))
+        found[kind] = {
+            "losses": [log["loss"] for log in whole.state.log_history if "loss" in log],
+            "resumed": [log["loss"] for log in resumed.state.log_history if "loss" in log],
+            "evaluation": {name: value for name, value in evaluation.items() if "loss" in name or "rank" in name},
+        }
+    return found
 
 
 def start(rank, folder, names, port):
