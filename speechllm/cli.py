@@ -437,6 +437,8 @@ def _run(command: Callable[[list[str]], None], arguments: list[str]) -> int:
         if os.environ.get("SPEECHLLM_TRACEBACK"):
             raise
         message = str(error).strip() or "no message"
+        if message.startswith("Caught ") and "\nOriginal Traceback" in message:  # of a `DataLoader`'s worker
+            message = message.splitlines()[-1].partition(": ")[2] or message
         # Our own errors explain themselves; of others, the type and the first line are shown.
         if type(error).__module__.split(".")[0] != "speechllm" and not isinstance(error, ValueError | OSError):
             message = f"{type(error).__name__}: {message.splitlines()[0]} (SPEECHLLM_TRACEBACK=1 shows where)"

@@ -12,11 +12,13 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .configuration_speechllm import SpeechLLMProjectorConfig
 from .data.checking import counted
-from .data.mixtures import fraction_of, interleaved, mixture
+from .data.mixtures import fraction_of, interleaved, mixture, shares
 from .data.prompts import PROMPTS, with_drawn_prompt
 from .data.schema import Row, SetAside, with_ids
-from .data.sources import MANIFESTS, Spec, load_source, parse_spec, read_specs, stream_source
+from .data.sources import MANIFESTS, Spec, load_source, parse_spec, read_specs
 from .data.splits import split_by_cluster
+from .data.stream_sources import stream_size, stream_source
+from .data.streaming import strict
 from .modeling_speechllm import SpeechLLMForConditionalGeneration
 from .processing_speechllm import SpeechLLMProcessor
 from .recipes import UsageError
@@ -103,12 +105,16 @@ class DataArguments:
     train_fraction: float = field(
         default=1.0,
         metadata={
-            "help": "Train on this part of every source, drawn by --subset_seed: a smaller part lies in a larger one."
+            "help": "Train on this part of every source, drawn by --subset_seed: a smaller part lies in a larger one. Of "
+            "a stream, each row is in or out by a hash of its id or audio: the share is about that."
         },
     )
-    mixture_temperature: float = field(
-        default=1.0,
-        metadata={"help": "Above 1: small sources come more often than their size says (see data/mixtures.py)."},
+    mixture_temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "Above 1: small sources come more often than their size says (see data/mixtures.py). Default: 1; of "
+            "streams: weights alone, whatever the sizes. Sizes that a stream does not tell are given by SOURCE?size=ROWS."
+        },
     )
     prompts: str = field(
         default="first",
@@ -126,7 +132,8 @@ class DataArguments:
     strict: bool = field(
         default=False,
         metadata={
-            "help": "Decode all audio first, and stop at the first row that cannot be used, instead of setting it aside."
+            "help": "Decode all audio first, and stop at the first row that cannot be used, instead of setting it aside. A "
+            "stream is not read ahead: it ends the run where it comes to such a row."
         },
     )
     set_aside: list[SetAside] = field(default_factory=list, init=False)  # by `load`
@@ -147,14 +154,15 @@ class DataArguments:
             raise UsageError(f"--columns is {self.columns!r}; it must map our names of columns to the data's.")
         if not 0 < self.train_fraction <= 1:
             raise UsageError(f"--train_fraction is {self.train_fraction}; it must be above 0 and at most 1.")
-        if not self.mixture_temperature > 0:
+        if self.mixture_temperature is not None and not self.mixture_temperature > 0:
             raise UsageError(f"--mixture_temperature is {self.mixture_temperature}; it must be above 0.")
         if self.prompts not in ("first", "drawn"):
             raise UsageError(f"--prompts is {self.prompts!r}; use 'first' or 'drawn'.")
-        for name, value in (("train_fraction", self.train_fraction < 1), ("held_out", self.held_out),
-                            ("strict", self.strict), ("mixture_temperature", self.mixture_temperature != 1)):  # fmt: skip
-            if self.streaming and value:
-                raise UsageError(f"--{name} needs all rows at once, --streaming never has them; leave it out.")
+        if self.streaming and self.held_out:
+            raise UsageError(
+                "--held_out needs all rows at once, to find what is nearly the same as the texts it takes away from "
+                "training; --streaming never has them. Give held-out rows as --eval_data."
+            )
 
     def load(self) -> tuple[list[Row] | IterableDataset, list[Row]]:
         """Training rows, or a stream of them, and held-out rows. What cannot be used is in `set_aside` afterwards, and
@@ -181,7 +189,7 @@ class DataArguments:
                 )
         parts = [fraction_of(part, self.train_fraction, self.subset_seed) for part in parts]
         weights = [parse_spec(spec).weight for spec in specs]
-        train = mixture(parts, weights, self.mixture_temperature, self.subset_seed)
+        train = mixture(parts, weights, self.mixture_temperature or 1.0, self.subset_seed)
         return (list(map(self._prompted, train)) if self.prompts == "drawn" else train), with_ids(held_out)
 
     def _loaded(self, spec: Spec, **limits: float | None) -> list[Row]:
@@ -192,11 +200,19 @@ class DataArguments:
 
     def _stream(self, specs: list[Spec]) -> IterableDataset:
         specs = [self._on_the_hub(spec) for spec in specs]
-        limits = {"minimum_seconds": self.minimum_seconds, "maximum_seconds": self.maximum_seconds}
-        streams = [stream_source(spec, self.columns, **limits, packed=len(specs) > 1) for spec in specs]
+        options = {"minimum_seconds": self.minimum_seconds, "maximum_seconds": self.maximum_seconds}
+        options |= {"fraction": self.train_fraction, "seed": self.subset_seed, "packed": len(specs) > 1}
+        streams = [stream_source(spec, self.columns, **options) for spec in specs]
+        stream = interleaved(streams, self._weights(specs), self.subset_seed) if len(specs) > 1 else streams[0]
+        stream = stream.map(self._prompted) if self.prompts == "drawn" else stream
+        return strict(stream) if self.strict else stream
+
+    def _weights(self, specs: list[Spec]) -> list[float]:
+        """What the shares of streams in their mixture are in proportion to."""
         weights = [parse_spec(spec).weight for spec in specs]
-        stream = interleaved(streams, weights, self.subset_seed) if len(specs) > 1 else streams[0]
-        return stream.map(self._prompted) if self.prompts == "drawn" else stream
+        if self.mixture_temperature is None:
+            return weights
+        return shares([stream_size(spec, self.columns) for spec in specs], weights, self.mixture_temperature)
 
     def _on_the_hub(self, spec: Spec) -> Spec:
         """A line that names nothing here is a data set of the Hub, with `data_config` and `data_split`."""

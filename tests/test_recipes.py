@@ -271,8 +271,10 @@ def test_a_fraction_of_the_rows(world):
     for fraction in (0.0, -1.0, 1.5, float("nan")):
         with pytest.raises(UsageError, match="above 0 and at most 1"):
             ids(fraction)
-    with pytest.raises(UsageError, match="--streaming"):
-        DataArguments("d", streaming=True, train_fraction=0.5)
+    stream, _ = DataArguments(str(world / "train.jsonl"), streaming=True, train_fraction=0.5).load()
+    assert {row["audio"] for row in stream} < {
+        row["audio"] for row in DataArguments(str(world / "train.jsonl")).load()[0]
+    }
 
 
 def parse(*arguments):

@@ -10,6 +10,9 @@ A mixture: of sources i with n_i rows, weights w_i and a temperature T, a row dr
 et al. 2019, arXiv 1907.05019). Rows are repeated for that, never dropped: the source whose rows are worth the least has
 each of them once in a pass, the others have theirs p_i / n_i, relative to it, times; of what is left of such a number, rows
 are drawn. To see less of a source, take a fraction of it.
+
+Of streams, whose sizes are not known as a rule, rows are drawn in proportion to w_i alone; with a temperature, and sizes that
+`stream_sources.stream_size` can tell, in proportion to the p_i above.
 """
 
 import pickle
@@ -42,8 +45,13 @@ def repetitions(sizes: Sequence[int], weights: Sequence[float], temperature: flo
     """
     if not temperature > 0 or not all(weight > 0 for weight in weights) or not all(size > 0 for size in sizes):
         raise ValueError(f"Sizes {sizes}, weights {weights} and the temperature {temperature} must be above 0.")
-    worth = [weight * size ** (1 / temperature - 1) for size, weight in zip(sizes, weights, strict=True)]
+    worth = [share / size for share, size in zip(shares(sizes, weights, temperature), sizes)]
     return [value / min(worth) for value in worth]
+
+
+def shares(sizes: Sequence[float], weights: Sequence[float], temperature: float = 1.0) -> list[float]:
+    """What p_i of the module docstring is in proportion to."""
+    return [weight * size ** (1 / temperature) for size, weight in zip(sizes, weights, strict=True)]
 
 
 def mixture(

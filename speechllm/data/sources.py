@@ -1,4 +1,5 @@
-"""The one door to data: `load_source(spec)` gives the rows of any source that can be named in a line or a dict.
+"""The one door to data: `load_source(spec)` gives the rows of any source that can be named in a line or a dict
+(`stream_sources.py`: the same as a stream).
 
     train.jsonl                                     a manifest: .jsonl, .json, .csv, .tsv, .parquet
     recordings                                      a folder: of WebDataset shards (.tar), of manifests (.jsonl or
@@ -14,6 +15,7 @@ Options after the question mark, or further keys of the dict, are the corpus's o
     fraction=0.1              a part of the rows, drawn by seed: a smaller one lies in a larger one
     minimum_seconds, maximum_seconds
     weight=2                  in a mixture, see `mixtures.py`
+    size=120000               rows of a stream, for a mixture's temperature, where nobody can tell without reading it
 
 A JSON text is a dict too. `docs/data.md` has a table of all corpora and their options.
 """
@@ -22,27 +24,23 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-import datasets
 import yaml
 
-from ..audio_speechllm import AudioError
-from .checking import Loaded, check_rows, decodable, duration_of, with_durations
+from .checking import Loaded, check_rows, decodable, with_durations
 from .corpora.covost import covost, fleurs
-from .corpora.generic import METADATA, hub, shards, transcribed_folder, webdataset
+from .corpora.generic import METADATA, SAVED, hub, transcribed_folder, webdataset
 from .corpora.gigaspeech import gigaspeech
 from .corpora.librispeech import librispeech, mls, mls_traits
 from .corpora.must_c import must_c, must_she
 from .corpora.reading import several
 from .corpora.spoken_squad import spoken_squad
-from .mixtures import PACKED, fraction_of, pack
-from .schema import ManifestError, Row, SetAside, load_stream, manifest_rows
+from .mixtures import fraction_of
+from .schema import ManifestError, Row, SetAside, manifest_rows
 
 
 Spec = str | dict[str, Any]
@@ -78,6 +76,7 @@ class Source:
     minimum_seconds: float | None = None
     maximum_seconds: float | None = None
     weight: float = 1.0
+    size: float | None = None
 
 
 def load_source(
@@ -123,27 +122,28 @@ def within_limits(row: Row, minimum_seconds: float | None, maximum_seconds: floa
     return not seconds or (minimum_seconds or 0) <= seconds <= (maximum_seconds or float("inf"))
 
 
-def open_source(source: Source) -> Iterator[Row | SetAside]:
-    """The rows of a source, unchecked, as they are read.
+def open_source(source: Source, with_audio: bool = True) -> Iterator[Row | SetAside]:
+    """The rows of a source, unchecked, as they are read. `with_audio=False` reads rows of text, which need no audio.
 
     Raises:
         ManifestError: see `load_source`.
     """
     if source.kind == "manifest":
-        rows = manifest_rows(source.place, source.columns)
+        rows = manifest_rows(source.place, source.columns, with_audio=with_audio)
     elif source.kind == "manifests":
         files = sorted(path for path in Path(source.place).rglob("*") if path.suffix in (".jsonl", ".parquet"))
-        rows = (row for file in files for row in manifest_rows(file, source.columns, folder=source.place))
+        rows = (row for file in files for row in manifest_rows(file, source.columns, source.place, with_audio))
     else:
         named = {"columns": source.columns} if source.columns else {}
         place = source.place if source.kind == "hub" else Path(source.place)
         rows = CORPORA[source.kind](place, **source.options, **named)
     for row in rows:
-        if isinstance(row, SetAside) or _wanted(row := {**row, **source.row}, source.only):
+        if isinstance(row, SetAside) or wanted(row := {**row, **source.row}, source.only):
             yield row
 
 
-def _wanted(row: Row, only: dict[str, str]) -> bool:
+def wanted(row: Row, only: dict[str, str]) -> bool:
+    """Whether the row's columns have the values asked for."""
     return all(
         str(row.get(name) or ("asr" if name == "task" else "")) in several(values) for name, values in only.items()
     )
@@ -175,14 +175,15 @@ def parse_spec(
             getattr(found, name).update(value)
         elif head in ("columns", "row", "only") and tail:
             getattr(found, head)[tail] = value
-        elif name in ("fraction", "weight", "minimum_seconds", "maximum_seconds"):
+        elif name in ("fraction", "weight", "size", "minimum_seconds", "maximum_seconds"):
             setattr(found, name, _number(value, name, shown))
         else:
             found.options[name] = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     if not 0 < found.fraction <= 1:
         raise ManifestError(f"{shown}: the fraction is {found.fraction:g}; it must be above 0 and at most 1.")
-    if found.weight <= 0:
-        raise ManifestError(f"{shown}: the weight is {found.weight:g}; it must be above 0.")
+    for name in ("weight", "size"):
+        if (value := getattr(found, name)) is not None and not 0 < value < float("inf"):
+            raise ManifestError(f"{shown}: the {name} is {value:g}; it must be above 0.")
     if unknown := [name for name in found.options if name not in known]:
         raise ManifestError(f"{shown}: there is no option `{unknown[0]}`. {kind} takes: {', '.join(known) or 'none'}.")
     if found.columns and "columns" not in known:
@@ -217,6 +218,8 @@ def _kind_and_place(text: str) -> tuple[str, str]:
     if path.is_dir():
         if any((path / name).is_file() for name in METADATA):
             return "folder", text
+        if any((path / name).is_file() for name in SAVED):
+            return "hub", text
         inside = {file.suffix for file in path.rglob("*")}
         kind = "webdataset" if ".tar" in inside else "manifests" if inside & {".jsonl", ".parquet"} else "folder"
         return kind, text
@@ -258,81 +261,6 @@ def read_specs(values: list[Spec]) -> list[Spec]:
     return specs
 
 
-# ---- streams -----------------------------------------------------------------------------------------------------
-
-
-def stream_source(
-    spec: Spec,
-    columns: dict[str, str] | None = None,
-    minimum_seconds: float | None = None,
-    maximum_seconds: float | None = None,
-    packed: bool = False,
-) -> datasets.IterableDataset:
-    """The rows of a source as a stream, checked when they are read (`data/streaming.py`). Parquet and JSON Lines files,
-    WebDataset shards and data sets of the Hub have a shard per file; anything else is one.
-
-    Args:
-        spec, columns, minimum_seconds, maximum_seconds: see `load_source`.
-        packed: as `mixtures.interleaved` takes them.
-
-    Raises:
-        ManifestError: if there is no such source, or it has no row.
-    """
-    source = parse_spec(spec, columns, minimum_seconds, maximum_seconds)
-    if source.fraction < 1:
-        raise ManifestError(f"{source.spec}: a fraction needs all rows at once, a stream never has them. Leave it out.")
-    if source.kind == "hub":
-        options = {name: source.options[name] for name in ("name", "split") if name in source.options}
-        rows = load_stream(source.place, source.columns or None, **options)
-    elif source.kind == "manifests" or (source.kind == "manifest" and source.place.endswith((".jsonl", ".parquet"))):
-        rows = load_stream(source.place, source.columns or None)
-    else:
-        places = [str(path) for path in shards(Path(source.place))] if source.kind == "webdataset" else [source.place]
-        sources = [json.dumps({**vars(source), "place": place}) for place in places]
-        next(_streamed(sources), None)  # errors of the source as a whole, now and not in a worker
-        features = PACKED if packed else None
-        return datasets.IterableDataset.from_generator(
-            _streamed, features=features, gen_kwargs={"sources": sources, "packed": packed}
-        )
-    rows = rows.map(partial(_with_columns, added=source.row)) if source.row else rows
-    limits = (source.minimum_seconds, source.maximum_seconds)
-    if source.only or limits != (None, None):
-        rows = rows.filter(partial(_kept, only=source.only, limits=limits))
-    if not packed:
-        return rows
-    names = [*next(iter(rows.take(1)), {})]  # of a typed file: all rows have them
-    return rows.map(pack, remove_columns=names, features=PACKED)
-
-
-def _streamed(sources: list[str], packed: bool = False) -> Iterator[Row]:
-    for text in sources:
-        source = Source(**json.loads(text))
-        limits = (source.minimum_seconds, source.maximum_seconds)
-        for row in open_source(source):
-            if isinstance(row, SetAside):
-                row = {"id": row.id, "set_aside": {"reason": row.reason, "kind": row.kind}}
-            elif not _within_limits_by_its_audio(row, *limits):
-                continue
-            yield pack(row) if packed else row
-
-
-def _kept(row: Row, only: dict[str, str], limits: tuple[float | None, float | None]) -> bool:
-    return _wanted(row, only) and _within_limits_by_its_audio(row, *limits)
-
-
-def _within_limits_by_its_audio(row: Row, minimum_seconds: float | None, maximum_seconds: float | None) -> bool:
-    """As `within_limits`, with the duration of the audio's header where there are limits and the row tells none."""
-    limits = (minimum_seconds, maximum_seconds)
-    if limits != (None, None) and not row.get("duration") and row.get("audio") is not None:
-        with suppress(AudioError):  # the reader of the stream sets such a row aside, and says why
-            row = {**row, "duration": duration_of(row["audio"], row.get("sampling_rate"))}
-    return within_limits(row, *limits)
-
-
-def _with_columns(row: Row, added: dict[str, Any]) -> Row:
-    return {**row, **added}
-
-
 __all__ = [
     "CORPORA",
     "Loaded",
@@ -342,5 +270,4 @@ __all__ = [
     "open_source",
     "parse_spec",
     "read_specs",
-    "stream_source",
 ]

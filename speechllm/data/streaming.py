@@ -31,7 +31,7 @@ from torch.utils.data import Dataset
 
 from .items import SpeechCollator, SpeechItems, approximate_length
 from .sampling import packed_batches
-from .schema import Row, SetAside, unusable
+from .schema import ManifestError, Row, SetAside, unusable
 
 
 # Of a reader: `pass` through its share, `window` (buffers filled before, over all passes), `state` of the stream and rows
@@ -57,7 +57,7 @@ class StreamBatches(Dataset):
 
     Args:
         rows: the stream; media undecoded (`schema.undecoded`), and not shuffled: a shuffle buffer of its own would be
-            lost when a run resumes.
+            lost when a run resumes. See `strict`.
         items: an empty data set of the stage, which prepares rows.
         batch_size: rows per batch.
         problem: why a row cannot be used, or `None`.
@@ -89,6 +89,7 @@ class StreamBatches(Dataset):
         self.positions: dict[int, Position] = {}  # worker -> where it goes on
         self._batches: Iterator[dict[str, Any]] | None = None
         self._aside: list[SetAside] = []  # since the last batch
+        self._strict = getattr(rows, "strict", False)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """A batch, with `position`: its worker, and what has changed of that worker's position."""
@@ -101,6 +102,7 @@ class StreamBatches(Dataset):
 
         Raises:
             ValueError: if a whole pass through its share makes no batch, naming the first cause.
+            ManifestError: if a row of a `strict` stream cannot be used.
         """
         position = {**START, **self.positions.get(worker, {})}
         made = None if worker in self.positions else 0
@@ -134,10 +136,10 @@ class StreamBatches(Dataset):
         rows = list(position["carried"])
         for number, row in enumerate(new, position["window"] * self.buffer):
             row = {**row, "id": _name(row) or f"row {number} of reader {reader}"}
-            if found := row.get("set_aside"):  # by `sources.stream_source`
-                self._aside.append(SetAside(row["id"], **found))
+            if found := row.get("set_aside"):  # by `stream_sources.py`
+                self._set_aside(SetAside(row["id"], **found))
             elif found := unusable(row, self.problem):
-                self._aside.append(found)
+                self._set_aside(found)
             else:
                 rows.append(row)
         batches, left = self._plan(rows, random.Random(f"{self.seed} {position['window']} {reader}"))
@@ -179,12 +181,27 @@ class StreamBatches(Dataset):
         dataset = copy.copy(self.items)
         dataset.rows = rows
         items = [dataset[i] for i in range(len(rows))]
-        if all(isinstance(item, SetAside) for item in items):
-            self._aside += items
+        for item in items:
+            if isinstance(item, SetAside):
+                self._set_aside(item)
+        if not (usable := [item for item in items if not isinstance(item, SetAside)]):
             return None
-        batch = SpeechCollator(dataset)(items)
-        batch["set_aside"], self._aside = self._aside + batch["set_aside"], []
+        batch = SpeechCollator(dataset)(usable)
+        batch["set_aside"], self._aside = self._aside, []
         return batch
+
+    def _set_aside(self, item: SetAside) -> None:
+        if self._strict:
+            raise ManifestError(f"{item.reason} (Strict mode stops here.)")
+        self._aside.append(item)
+
+
+def strict(rows: datasets.IterableDataset) -> datasets.IterableDataset:
+    """The stream, marked: the first of its rows that would be set aside ends the run with a `ManifestError`. Mark it last:
+    what `datasets` makes of it is not marked. (A mark in the rows would change the stream's state, and a run that
+    strictness ended could not resume without it.)"""
+    rows.strict = True
+    return rows
 
 
 def _name(row: Row) -> str | None:

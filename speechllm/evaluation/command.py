@@ -57,6 +57,13 @@ class EvaluationArguments:
     alignment: bool = field(
         default=False, metadata={"help": "Measure how speech and transcripts meet at each layer of the LLM."}
     )
+    alignment_layers: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of --alignment, as in pretraining: 'all' (every fifth and the last; the default), 'emb' (the LLM's "
+            "input), or indices such as 0,5,-1."
+        },
+    )
     comet: bool = field(default=False, metadata={"help": "Score translations by COMET too, in its own environment."})
     comet_install: bool = field(default=False, metadata={"help": "Make that environment first (about 5 GB)."})
     comet_python: str | None = field(default=None, metadata={"help": "Python of an environment that has COMET."})
@@ -89,6 +96,8 @@ class EvaluationArguments:
             raise UsageError(f"--error_alignment is {self.error_alignment!r}; use levenshtein or sclite.")
         if self.dtype is not None and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise UsageError(f"--dtype is {self.dtype!r}; use float32, bfloat16 or float16.")
+        if self.alignment_layers is not None and not self.alignment:
+            raise UsageError("--alignment_layers says where --alignment measures. Add --alignment, or leave it out.")
         if self.feature_cache and self.oracle:
             raise UsageError("--feature_cache is for audio, --oracle reads transcripts. Leave one out.")
 
@@ -137,7 +146,7 @@ def run_evaluation(settings: EvaluationArguments) -> dict[str, Any]:
         frames=frames,
         workers=settings.workers,
         text_abilities=settings.text_abilities,
-        alignment=settings.alignment,
+        alignment=settings.alignment and (settings.alignment_layers or True),
         comet=comet,
         description={"sources": settings.data},
     )
@@ -168,8 +177,9 @@ def summary(metrics: dict[str, Any], output: str) -> list[str]:
     if alignment := metrics["alignment"]:
         recalls = [values["recall@1"] for values in alignment["layers"].values()]
         mean = sum(recalls) / len(recalls)
+        layers = ", ".join(alignment["layers"])
         lines.append(
-            f"alignment: recall@1 {mean:.4f}, mean over {len(recalls)} layers (chance {alignment['chance']:.4f})"
+            f"alignment: recall@1 {mean:.4f}, mean over the layer(s) {layers} (chance {alignment['chance']:.4f})"
         )
         if alignment["transport_left_out"]:
             lines.append(f"alignment: no transport plans: {alignment['transport_left_out']}")

@@ -11,6 +11,7 @@ import os
 import platform
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from ..hub.training_summary import library_versions
 from ..modeling_speechllm import SpeechLLMForConditionalGeneration
 from ..processing_speechllm import SpeechLLMProcessor
 from .generation import generate_answers
-from .layerwise import FEWEST, alignment_report
+from .layerwise import FEWEST, alignment_report, layer_indices
 from .metrics.comet import CometUnavailable, comet_score, find_environment
 from .page import strict_json, write_whole
 from .prediction_files import PredictionFiles
@@ -79,7 +80,7 @@ def evaluate_model(
     frames: FeatureCache | None = None,
     workers: int = 0,
     text_abilities: bool = False,
-    alignment: bool = False,
+    alignment: bool | str | Sequence[int] = False,
     comet: dict[str, Any] | None = None,
     description: dict[str, Any] | None = None,
     worst: int = 10,
@@ -105,6 +106,7 @@ def evaluate_model(
         workers: processes that prepare batches.
         text_abilities: compare the LLM's answers to text with those of the base LLM.
         alignment: measure how speech and text meet at each layer, see `layerwise.py`; written to `alignment.html` too.
+            `True`: at every fifth and the last; else the `layers` of `alignment_report`.
         comet: score translations by COMET too, with these options of `metrics.comet.comet_score`.
         description: of the data, for the report.
         worst: utterances of each task to show in the report.
@@ -129,11 +131,17 @@ def evaluate_model(
     others = read_baseline(baseline) if baseline else None  # all that could fail, before hours of work
     if comet is not None:
         find_environment(comet.get("python"))
+    layers = "all" if alignment is True else alignment
     pairs = _distinct_recordings(request.rows) if alignment else []
-    if alignment and len(pairs) < FEWEST:
-        raise EvaluationError(
-            f"Alignment needs {FEWEST} recordings with a transcript (`text`); the data has {len(pairs)}."
-        )
+    if alignment:
+        try:
+            layer_indices(layers, len(model.model.llm_layers))
+        except ValueError as error:
+            raise EvaluationError(f"Alignment: {error}") from None
+        if len(pairs) < FEWEST:
+            raise EvaluationError(
+                f"Alignment needs {FEWEST} recordings with a transcript (`text`); the data has {len(pairs)}."
+            )
     made_by = {
         "model": model_identity(model),
         "generation": {
@@ -173,7 +181,7 @@ def evaluate_model(
             "data": {**(description or {}), **_data_counts(request)},
             "scoring": {**scoring, "bootstrap": bootstrap, "baseline": str(baseline) if baseline else None},
             "tasks": tasks_found,
-            "alignment": alignment and alignment_report(model, processor, pairs, output=output, frames=frames),
+            "alignment": alignment and alignment_report(model, processor, pairs, layers, output=output, frames=frames),
             "text_abilities": text_abilities and compare_text_abilities(model, processor),
             "run": {
                 "seconds": round(time.time() - start, 1),

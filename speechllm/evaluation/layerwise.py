@@ -83,7 +83,7 @@ def alignment_report(
         ValueError: if fewer than 4 rows can be used, the layers or the prefix do not exist, or states are not finite.
         ModuleNotFoundError: if `plans` is above 0 and POT is not installed.
     """
-    indices = _layer_indices(layers, len(model.model.llm_layers))
+    indices = layer_indices(layers, len(model.model.llm_layers))
     prefix_ids = shared_prefix(prefix, processor)
     rows, set_aside = _with_text(with_ids(rows))
     if len(rows) > maximum_rows:
@@ -282,7 +282,8 @@ def alignment_figures(report: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     return {name: (figure, "Lines over the layers; the table gives all values.") for name, figure in figures.items()}
 
 
-def _layer_indices(layers: str | Sequence[int], depth: int) -> list[int]:
+def layer_indices(layers: str | Sequence[int], depth: int) -> list[int]:
+    """See `parse_layers`, which this calls; also takes the indices themselves."""
     return parse_layers(layers if isinstance(layers, str) else ",".join(map(str, layers)), depth)
 
 

@@ -1,6 +1,7 @@
 """`speechllm synthesize`: arguments, runs, and what is printed."""
 
 import argparse
+import json
 from pathlib import Path
 
 from ..data.schema import Row
@@ -17,6 +18,8 @@ examples:
   speechllm synthesize --data sentences.txt --output speech
       every line in the default voices of flite or espeak-ng: the one that is installed, else
       flite from Debian's archives, fetched into the cache
+  speechllm synthesize --data 'hub:owner/name?split=train&fraction=0.1' --columns '{"text": "sentence"}' --output speech
+      a tenth of a data set of the Hub, whose texts are in its column `sentence`
   speechllm synthesize --wordnet 2000 --takes 1 --output speech --voices flite:slt espeak-ng:en-gb+m1 --rates 0.9 1.1
       2,000 of WordNet's example sentences, each in one voice at one rate
   speechllm synthesize --data qa.jsonl --output speech --command 'my-tts --voice {voice} --out {wav} {text}' \\
@@ -45,13 +48,22 @@ def run(arguments: list[str], description: str) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     texts = parser.add_mutually_exclusive_group(required=True)
-    texts.add_argument("--data", help="texts: a manifest with a column `text` (.jsonl, .csv, ...), or a file of lines")
+    texts.add_argument(
+        "--data",
+        nargs="+",
+        metavar="SOURCE",
+        help="texts: files of lines, or sources as in training with a column `text`, which need no audio: manifests "
+        "(.jsonl, .csv, ...), folders, data sets of the Hub (hub:owner/name?split=test), see docs/data.md",
+    )
     texts.add_argument("--wordnet", type=int, metavar="COUNT", help="so many of WordNet's example sentences")
     pair = {"nargs": 2, "type": int, "metavar": ("TRAIN", "TEST")}
     texts.add_argument("--questions", **pair, help="spoken question answering: passages of each split")
     texts.add_argument("--traits", **pair, help="questions about voice, rate, noise and room: texts of each split")
     parser.add_argument(
         "--output", required=True, help="folder for manifest.jsonl and audio (continued if it is there)"
+    )
+    parser.add_argument(
+        "--columns", type=_columns, help='of --data: its own names of columns as JSON, e.g. \'{"text": "sentence"}\''
     )
     parser.add_argument("--voices", nargs="+", help="engine:name, e.g. flite:slt espeak-ng:en-us+f3")
     parser.add_argument("--rates", nargs="+", type=float, help="1.25 is a quarter faster than a voice's own pace")
@@ -68,6 +80,8 @@ def run(arguments: list[str], description: str) -> None:
     counts = [options.wordnet, options.workers, options.takes, *(options.questions or []), *(options.traits or [])]
     if any(count is not None and count < 1 for count in counts):
         parser.error("--wordnet, --questions, --traits, --takes and --workers are whole numbers above 0")
+    if options.columns is not None and options.data is None:
+        parser.error("--columns names the columns of --data")
     if options.questions or options.traits:
         _ready_made(options)
     else:
@@ -84,10 +98,21 @@ def _level(nothing: str):
     return parse
 
 
+def _columns(text: str) -> dict[str, str]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise argparse.ArgumentTypeError(f'{text} is not JSON such as \'{{"text": "sentence"}}\'')
+    return found
+
+
 def _speak_texts(options: argparse.Namespace) -> None:
-    rows, malformed = (
-        (wordnet_examples(options.wordnet, options.seed), []) if options.data is None else read_texts(options.data)
-    )
+    if options.data is None:
+        rows, malformed = wordnet_examples(options.wordnet, options.seed), []
+    else:
+        rows, malformed = read_texts(options.data, options.columns, options.seed)
     if options.strict and malformed:
         raise UsageError(malformed[0].reason)
     engine = own_engine(options.command) if options.command else None

@@ -111,8 +111,10 @@ def test_strict_stops_before_training(corpora):
     [
         (("--prompts", "all"), "use 'first' or 'drawn'"),
         (("--mixture_temperature", "0"), "must be above 0"),
-        (("--streaming", "true", "--strict"), "--strict needs all rows at once"),
-        (("--streaming", "true", "--mixture_temperature", "2"), "--mixture_temperature needs all rows at once"),
+        (
+            ("--streaming", "true", "--held_out", "2"),
+            "--held_out needs all rows at once.*Give held-out rows as --eval_data",
+        ),
     ],
 )
 def test_settings_that_make_no_sense(corpora, arguments, message):
@@ -130,6 +132,13 @@ def test_a_stream_of_several_sources_trains(corpora):
     trainer = fine_tuning(corpora / "run", train=stream, max_steps=3, stream_buffer=8)
     trainer.train()
     assert trainer.state.global_step == 3 and not trainer.set_aside
+
+
+def test_a_strict_stream_ends_the_run_at_a_bad_row(corpora):
+    stream, _ = load("--train_data", "a.jsonl", "--streaming", "true", "--strict")[1:]
+    trainer = fine_tuning(corpora / "run", train=stream, max_steps=20, stream_buffer=30)
+    with pytest.raises(ManifestError, match=r"gone.*\(Strict mode stops here.\)"):
+        trainer.train()
 
 
 def test_a_mixture_of_segments_passages_and_files_trains(corpora):

@@ -12,7 +12,8 @@ import pytest
 from speechllm import load_audio
 from speechllm.data.feature_cache import audio_key
 from speechllm.data.schema import ManifestError
-from speechllm.data.sources import load_source, parse_spec, read_specs, stream_source
+from speechllm.data.sources import load_source, parse_spec, read_specs
+from speechllm.data.stream_sources import stream_source
 
 
 @pytest.fixture
@@ -115,6 +116,11 @@ def test_any_data_set_of_the_hub_by_column_mapping(recordings, monkeypatch):
     assert [row["text"] for row in streamed] == ALL and len(load_audio(streamed[0]["audio"])) == 4_800
     with pytest.raises(ManifestError, match="cannot be read as a data set of the Hub"):
         load_source(f"hub:{recordings / 'nowhere'}")
+    datasets.DatasetDict({"dev": data}).save_to_disk(recordings / "saved")
+    spec = f"{recordings / 'saved'}?split=dev&columns.audio=speech&columns.text=sentence"
+    assert texts(spec, strict=True) == [row["text"] for row in stream_source(spec)] == ALL
+    with pytest.raises(ManifestError, match="no split 'train'. Choose from dev"):
+        load_source(str(recordings / "saved"))
 
 
 def test_a_folder_of_manifests(recordings):
@@ -315,8 +321,6 @@ def test_streams_of_every_kind(recordings):
     assert "not UTF-8" in rows[1]["set_aside"]["reason"] and rows[1]["set_aside"]["kind"] == "text that is not UTF-8"
     with pytest.raises(ManifestError, match="Choose from: de, fr"):
         stream_source(f"must-c:{recordings / 'must-c'}?target_language=it")
-    with pytest.raises(ManifestError, match="a fraction needs all rows"):
-        stream_source(f"{folder}?fraction=0.5")
 
 
 def test_limits_on_the_duration_of_streams_read_headers_where_needed(recordings):

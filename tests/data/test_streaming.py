@@ -11,9 +11,12 @@ import torch
 from tiny import tiny_config, tiny_processor, tone
 from torch.utils.data import DataLoader
 
+from speechllm.cli import _run
 from speechllm.data.items import AlignmentItems
 from speechllm.data.schema import ManifestError, load_rows, load_stream, undecoded
-from speechllm.data.streaming import StreamBatches, StreamReaders
+from speechllm.data.stream_sources import stream_source
+from speechllm.data.streaming import StreamBatches, StreamReaders, strict
+from speechllm.training import DataArguments
 
 
 ROWS = 48
@@ -68,13 +71,18 @@ def take(batches, count, first=0):
     return taken
 
 
+def recorded(folder):
+    """Rows of recordings in the folder."""
+    for i in range(ROWS):
+        soundfile.write(folder / f"{i}.wav", row(i)["audio"], 16_000)
+    return [{**row(i), "audio": f"{i}.wav"} for i in range(ROWS)]
+
+
 @pytest.fixture(params=["generator", "jsonl", "parquet", "one file"])
 def stream(request, tmp_path):
     if request.param == "generator":
         return from_generator()
-    rows = [{**row(i), "audio": f"{i}.wav"} for i in range(ROWS)]
-    for i in range(ROWS):
-        soundfile.write(tmp_path / f"{i}.wav", row(i)["audio"], 16_000)
+    rows = recorded(tmp_path)
     if request.param == "parquet":
         for shard in range(8):
             part = [
@@ -91,6 +99,11 @@ def stream(request, tmp_path):
 
 @pytest.mark.parametrize(("processes", "workers"), [(1, 1), (2, 1), (2, 2), (3, 1)])
 def test_each_row_is_there_once_a_pass(stream, processes, workers):
+    assert a_pass(stream, processes, workers) == Counter({f"text {i}": 1 for i in range(ROWS)})
+
+
+def a_pass(stream, processes, workers):
+    """How often each text comes, over all readers."""
     found = Counter()
     for process in range(processes):
         for worker in range(workers):
@@ -100,7 +113,7 @@ def test_each_row_is_there_once_a_pass(stream, processes, workers):
                 if batch["position"][1].get("pass"):  # another pass begins
                     break
                 found.update(texts_of(batch))
-    assert found == Counter({f"text {i}": 1 for i in range(ROWS)})
+    return found
 
 
 def test_the_order_depends_on_seed_and_pass():
@@ -153,16 +166,94 @@ def test_a_resumed_reader_goes_on_exactly_on_two_processes():
             assert take(second, 20 - stop, first=stop) == whole[stop:]
 
 
-def test_bad_rows_in_mid_stream_are_set_aside():
+def with_bad_rows(bad):
     def rows():
         for i in range(24):
-            bad = {3: {"text": None}, 9: {"audio": b"noise"}, 10: {"audio": None}}.get(i, {})
-            yield {**row(i), **bad}
+            yield {**row(i), **bad.get(i, {})}
 
-    batches = reader(datasets.IterableDataset.from_generator(rows), buffer=6, batch_size=3)
+    return datasets.IterableDataset.from_generator(rows)
+
+
+def test_bad_rows_in_mid_stream_are_set_aside():
+    bad = {3: {"text": None}, 9: {"audio": b"noise"}, 10: {"audio": None}}
+    batches = reader(with_bad_rows(bad), buffer=6, batch_size=3)
     aside = {item.id: item.reason for n in range(7) for item in batches[n]["set_aside"]}
     assert aside.keys() == {"row 3", "row 9", "row 10"}
     assert "no text" in aside["row 3"] and "no `audio`" in aside["row 10"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"text": None}, "row 9 has no text"),
+        ({"audio": b"noise"}, "row 9.* is not audio"),
+        ({"audio": None}, "row 9 has no `audio`"),
+        ({"set_aside": {"reason": "line 9 is not UTF-8", "kind": "x"}}, "line 9 is not UTF-8"),
+    ],
+)
+def test_a_strict_stream_stops_at_a_bad_row(bad, message):
+    batches = reader(strict(with_bad_rows({9: bad})), buffer=6, batch_size=3)
+    assert len(take(batches, 2)) == 2  # of the first six rows
+    with pytest.raises(ManifestError, match=rf"{message}.*\(Strict mode stops here.\)"):
+        take(batches, 4, first=2)
+
+
+def test_a_worker_that_stops_says_why_in_one_sentence(capsys):
+    batches = reader(strict(with_bad_rows({3: {"text": None}})), buffer=6, batch_size=3)
+    loader = DataLoader(batches, sampler=range(6), batch_size=None, num_workers=1)
+    assert _run(lambda _: print(len([*loader])), []) == 1
+    error = capsys.readouterr().err
+    assert (
+        error.endswith("speechllm: error: row 3 has no text (Strict mode stops here.)\n") and "Traceback" not in error
+    )
+
+
+@pytest.mark.parametrize("number", range(7, 14))  # some of them wait for a later batch
+def test_a_run_that_strictness_ended_resumes_without_it(number):
+    bad, options = {number: {"audio": b"noise"}}, dict(buffer=7, batch_size=5)
+    whole = take(reader(with_bad_rows(bad), **options), 6)
+    first, taken = reader(strict(with_bad_rows(bad)), **options), []
+    with pytest.raises(ManifestError, match=f"row {number}.* is not audio"):
+        while len(taken) < 6:
+            taken += take(first, 1, first=len(taken))
+    second = reader(with_bad_rows(bad), **options)
+    second.positions = first.positions
+    assert taken + take(second, 6 - len(taken), first=len(taken)) == whole
+
+
+@pytest.mark.parametrize(("processes", "workers"), [(1, 1), (2, 2), (3, 1)])
+def test_a_part_is_dealt_out_to_the_readers_whole(tmp_path, processes, workers):
+    rows = recorded(tmp_path)
+    for shard in range(3):
+        (tmp_path / f"{shard}.jsonl").write_text("\n".join(map(json.dumps, rows[shard::3])))
+    part = stream_source(str(tmp_path), fraction=0.5, seed=1)
+    expected = Counter(row["text"] for row in part)
+    assert 12 < len(expected) < 36
+    found = a_pass(part, processes, workers)
+    assert found <= expected and (expected - found).total() < 2 * processes * workers  # what fills no batch of two
+
+
+@pytest.mark.parametrize("names", [["a"], ["a", "b"]])
+def test_a_resumed_reader_of_a_part_or_of_a_mixture_goes_on_exactly(tmp_path, names):
+    rows = recorded(tmp_path)
+    for i, name in enumerate(names):
+        (tmp_path / name).mkdir()
+        for shard in range(3):
+            lines = [{**row, "audio": str(tmp_path / row["audio"])} for row in rows[i * 32 : i * 32 + 32][shard::3]]
+            (tmp_path / name / f"{shard}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    options = dict(streaming=True, train_fraction=0.7, mixture_temperature=2.0, strict=True)
+
+    def batches():
+        return reader(DataArguments([str(tmp_path / name) for name in names], **options).load()[0], batch_size=3)
+
+    whole = take(batches(), 16)
+    for stop in (1, 5, 11):
+        first = batches()
+        assert take(first, stop) == whole[:stop]
+        torch.save(first.positions, tmp_path / "positions.pt")
+        second = batches()
+        second.positions = torch.load(tmp_path / "positions.pt", weights_only=True)
+        assert take(second, 16 - stop, first=stop) == whole[stop:]
 
 
 def test_a_stream_that_makes_no_batch_says_why():

@@ -74,6 +74,24 @@ def test_the_command_writes_predictions_metrics_and_report(folder, tmp_path, cap
     assert (tmp_path / "out" / "report.html").stat().st_size > 5_000
 
 
+def test_alignment_is_measured_at_the_layers_asked_for(folder, tmp_path, capsys):
+    depth = json.loads((folder / "model" / "config.json").read_text())["text_config"]["num_hidden_layers"]
+    for layers, found in (([], sorted({*range(0, depth, 5), depth})), (["-1,1"], [1, depth])):
+        chosen = [f"--alignment_layers={name}" for name in layers]
+        assert main(command(folder, tmp_path / "out", "--alignment", *chosen)) == 0
+        names = [str(layer) for layer in found]
+        assert f"mean over the layer(s) {', '.join(names)} (chance" in capsys.readouterr().out
+        measured = json.loads((tmp_path / "out" / "metrics.json").read_text())["alignment"]["layers"]
+        assert list(measured) == names
+        assert f"hidden state(s) {', '.join(names)} of the LLM" in (tmp_path / "out" / "alignment.html").read_text()
+    assert main(command(folder, tmp_path / "other", "--alignment", "--alignment_layers", "99")) == 1
+    error = capsys.readouterr().err
+    assert "Alignment: layers is '99'; use 'emb', 'all', or indices" in error
+    assert not (tmp_path / "other").exists()  # it is said before hours of work
+    assert main(command(folder, tmp_path / "other", "--alignment_layers", "emb")) == 2
+    assert "Add --alignment" in capsys.readouterr().err
+
+
 def answering(monkeypatch, text):
     monkeypatch.setattr(generation, "generate_texts", lambda *a: [(text, True) for _ in a[2]["rows"]])
 

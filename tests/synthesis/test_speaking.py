@@ -4,8 +4,10 @@ import json
 import os
 import stat
 import sys
+from datetime import datetime
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import soundfile
@@ -258,10 +260,50 @@ def test_the_command_speaks_a_manifest_and_adds_conditions(engine, tmp_path, cap
     assert len(load_rows(tmp_path / "out" / "manifest.jsonl")) == 2
 
 
+def test_the_command_speaks_data_with_other_names_of_columns(engine, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    texts = ["Where is Anna?", "The last one."]
+    data = datasets.Dataset.from_dict(
+        {
+            "sentence": texts,
+            "who": ["x", "y"],
+            "when": [datetime(2024, 1, 1)] * 2,  # which JSON cannot hold
+            "audio": [{"bytes": b"another", "path": None}] * 2,
+            "words": [[{"word": "Where", "start": 0.0, "end": 9.0}]] * 2,  # of that other recording
+        }
+    )
+    (tmp_path / "repository").mkdir()
+    data.to_parquet(tmp_path / "repository" / "test.parquet")
+    datasets.DatasetDict({"test": data}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "a.csv").write_text("sentence,who\n" + "".join(f"{text},{who}\n" for text, who in zip(texts, "xy")))
+    (tmp_path / "more.txt").write_text("One line.\n")
+    columns = ["--columns", json.dumps({"text": "sentence"})]
+    for number, (sources, expected) in enumerate(
+        (
+            ([f"{tmp_path / 'a.csv'}", *columns], texts),
+            ([f"{tmp_path / 'a.csv'}?columns.text=sentence&only.who=y"], texts[1:]),
+            ([f"hub:{tmp_path / 'repository'}?split=test", *columns], texts),
+            ([f"{tmp_path / 'saved'}?split=test", f"{tmp_path / 'more.txt'}", *columns], [*texts, "One line."]),
+            ([f"{tmp_path / 'saved'}?split=test&fraction=0.5", *columns], None),
+        )
+    ):
+        out = tmp_path / f"out{number}"
+        arguments = ["--command", engine[0], "--voices", "anna=female", "--output", str(out)]
+        assert main(["synthesize", "--data", *sources, *arguments]) == 0
+        rows = load_rows(out / "manifest.jsonl")
+        assert [row["text"] for row in rows] == expected if expected else len(rows) == 1
+        assert not {"when", "words", "sentence"} & rows[0].keys()
+        assert rows[0]["who"] in "xy" and rows[0]["duration"] == pytest.approx(len(rows[0]["text"]) / 15, abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
         ([], 2, "--data"),
+        (["--data", "TABLE.CSV"], 1, "has no column `text`, but 'sentence'"),
+        (["--data", "TABLE.CSV", "--columns", "text"], 2, "is not JSON"),
+        (["--wordnet", "3", "--columns", "{}"], 2, "--columns names the columns of --data"),
+        (["--data", "nobody/nothing"], 1, "hub:nobody/nothing"),
         (["--data", "nowhere.txt"], 1, "nowhere.txt"),
         (["--data", "TEXTS", "--rates", "0"], 1, "rates"),
         (["--data", "TEXTS", "--takes", "9"], 1, "9 takes"),
@@ -276,6 +318,7 @@ def test_usage_errors(options, code, words, engine, tmp_path, capsys):
     (tmp_path / "TEXTS").write_text("One line.\n")
     (tmp_path / "EMPTY").write_text("\n")
     (tmp_path / "LATIN").write_bytes("Größe\n".encode("latin-1"))
+    (tmp_path / "TABLE.CSV").write_text("sentence\nOne line.\n")
     options = [str(tmp_path / option) if option.isupper() else option for option in options]
     if "--data" in options:
         options += ["--command", engine[0]]

@@ -3,6 +3,7 @@
 import json
 import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from .reading import need_folder, text_lines
 AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 TEXT = (".txt", ".lab")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+SAVED = ("dataset_dict.json", "state.json")  # in a folder written by `datasets`' `save_to_disk`
 
 
 def transcribed_folder(folder: Path, columns: dict[str, str] | None = None) -> Iterator[Row | SetAside]:
@@ -120,7 +122,7 @@ def hub(place: str, name: str = "", split: str = "train", columns: dict[str, str
     """Rows of a data set of the Hub. Its audio is held in memory; stream what is large.
 
     Args:
-        place: id on the Hub, "owner/name".
+        place: id on the Hub, "owner/name"; or a folder that `datasets` can load, or has saved (`save_to_disk`).
         name: of its configuration.
         split: of it; "train[:10%]" is possible.
         columns: the schema's name of a column -> the data set's.
@@ -128,10 +130,43 @@ def hub(place: str, name: str = "", split: str = "train", columns: dict[str, str
     Raises:
         ManifestError: if it cannot be had.
     """
+    with _explained(place):
+        rows = _saved(place, split) if is_saved(place) else datasets.load_dataset(place, name or None, split=split)
+    for row in undecoded(rows):
+        yield renamed(row, columns or {})
+
+
+def is_saved(place: str) -> bool:
+    """Whether `datasets` has saved a data set in this folder, with `save_to_disk`."""
+    return any((Path(place) / name).is_file() for name in SAVED)
+
+
+def _saved(place: str, split: str) -> datasets.Dataset:
+    rows = datasets.load_from_disk(place)
+    if isinstance(rows, datasets.Dataset):
+        return rows
+    if split not in rows:
+        raise ValueError(f"it has no split {split!r}. Choose from {', '.join(rows)}: `split=...`.")
+    return rows[split]
+
+
+def described_size(place: str, name: str = "", split: str = "train") -> int | None:
+    """Rows of a data set of the Hub, as its description says (`None` if it does not), or of a saved one.
+
+    Raises:
+        ManifestError: see `hub`.
+    """
+    with _explained(place):
+        if is_saved(place):
+            return len(_saved(place, split))
+        splits = datasets.load_dataset_builder(place, name or None).info.splits or {}
+        return splits[split].num_examples if split in splits else None
+
+
+@contextmanager
+def _explained(place: str) -> Iterator[None]:
     try:
-        rows = undecoded(datasets.load_dataset(place, name or None, split=split))
+        yield
     except Exception as error:  # of many kinds: the network's, the file system's, Arrow's
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ManifestError(f"{place} cannot be read as a data set of the Hub: {cause}") from error
-    for row in rows:
-        yield renamed(row, columns or {})

@@ -1,0 +1,146 @@
+"""Sources as streams: parts that lie in each other wherever their rows stand, and what is known of sizes."""
+
+import itertools
+import json
+import math
+import random
+from collections import Counter
+
+import corpora_in_miniature as miniature
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from speechllm.data.schema import ManifestError
+from speechllm.data.stream_sources import row_name, stream_size, stream_source
+from speechllm.training import DataArguments
+
+
+def rows(count, name=""):
+    return [{"audio": f"{name}{i}.wav", "text": f"{name}{i}"} for i in range(count)]
+
+
+def written(folder, rows, shards=1):
+    folder.mkdir(parents=True)
+    for shard in range(shards):
+        lines = [json.dumps(row) + "\n" for row in rows[shard::shards]]
+        (folder / f"{shard}.jsonl").write_text("".join(lines))
+    return folder
+
+
+def texts(spec, **options):
+    return {row["text"] for row in stream_source(str(spec), **options)}
+
+
+def test_parts_are_nested_whatever_the_order_the_shards_and_the_place(tmp_path):
+    data = rows(1000)
+    here = written(tmp_path / "here", data)
+    fractions = (0.1, 0.2, 0.5, 1.0)
+    parts = [texts(here, fraction=fraction, seed=1) for fraction in fractions]
+    for fraction, part in zip(fractions, parts):
+        assert abs(len(part) - 1000 * fraction) <= 3 * math.sqrt(1000 * fraction * (1 - fraction))
+    assert all(less < more for less, more in itertools.pairwise(parts))
+    there = written(tmp_path / "elsewhere" / "there", random.Random(0).sample(data, 1000), shards=3)
+    assert texts(there, fraction=0.2, seed=1) == parts[1] != texts(here, fraction=0.2, seed=2)
+    assert texts(f"{here}?fraction=0.5", fraction=0.4, seed=1) == parts[1]  # of what the source leaves
+
+
+def test_an_id_decides_whatever_the_kind_of_the_source(tmp_path):
+    data = [{"id": f"r{i}", **row} for i, row in enumerate(rows(60))]
+    written(tmp_path / "shards", data, shards=2)
+    (tmp_path / "a.csv").write_text("id,audio,text\n" + "".join(f"{r['id']},x{r['audio']},{r['text']}\n" for r in data))
+    held = [{**row, "audio": {"bytes": row["text"].encode(), "path": None}} for row in data]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(held), tmp_path / "a.parquet")
+    part = texts(tmp_path / "shards", fraction=0.3)
+    assert 0 < len(part) < 60
+    for name in ("a.csv", "a.parquet"):
+        assert texts(tmp_path / name, fraction=0.3) == part
+
+
+def test_without_an_id_a_row_is_told_by_its_recording(tmp_path):
+    segment = {"path": "/data/talks/a.wav", "offset": 1.0, "duration": 2.0}
+    assert row_name({"audio": "/data/talks/a.wav"}, "/data") == row_name({"audio": "talks/a.wav"}, "")
+    names = [
+        row_name({"audio": audio}, "/data")
+        for audio in (
+            segment["path"], segment, {**segment, "offset": 3.0}, {"parts": [segment, segment]},
+            {"bytes": b"one", "path": "x.wav"}, {"bytes": b"two", "path": "x.wav"},
+        )
+    ]  # fmt: skip
+    assert len(set(names)) == len(names)
+    assert row_name({"audio": {"bytes": b"one", "path": None}}) == names[4]  # its content, not what it is called
+    assert row_name({"audio": None, "text": "silence"}) == row_name({"audio": {}, "text": "silence"}) == "silence"
+
+
+def test_a_part_that_is_empty_does_not_end_in_an_endless_search(tmp_path):
+    assert texts(written(tmp_path / "a", rows(5)), fraction=1e-9) == set()
+
+
+# ---- mixtures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [
+        ({}, 1 / 2),  # weights alone
+        ({"mixture_temperature": 1.0}, 4 / 5),  # as the sources are
+        ({"mixture_temperature": 2.0}, 2 / 3),  # 400^(1/2) / (400^(1/2) + 100^(1/2))
+        ({"mixture_temperature": 1.0, "train_fraction": 0.5}, 4 / 5),
+    ],
+)
+def test_streams_are_mixed_by_their_sizes_where_a_temperature_is_given(tmp_path, options, share):
+    specs = [str(written(tmp_path / name, rows(count, name), shards=2)) for name, count in (("a", 400), ("b", 100))]
+    stream, _ = DataArguments(specs, streaming=True, **options).load()
+    found = Counter(row["text"][0] for row in itertools.islice(stream, 200))
+    assert found["a"] / 200 == pytest.approx(share, abs=3 * math.sqrt(share * (1 - share) / 200))
+
+
+CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: train.parquet
+dataset_info:
+  splits:
+  - name: train
+    num_examples: 12
+    num_bytes: 1
+---
+"""
+
+
+def test_sizes_that_can_be_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    data = [{**row, "language": "de" if i % 3 else "en"} for i, row in enumerate(rows(12))]
+    folder = written(tmp_path / "lines", data, shards=2)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(data), tmp_path / "a.parquet")
+    datasets.DatasetDict({"dev": datasets.Dataset.from_list(data[:7])}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "described").mkdir()
+    datasets.Dataset.from_list(data).to_parquet(tmp_path / "described" / "train.parquet")
+    (tmp_path / "described" / "README.md").write_text(CARD)
+    for spec, size in (
+        (f"{folder}?fraction=0.5", 6),
+        (f"{folder}?only.language=en", 4),
+        (f"{tmp_path / 'a.parquet'}", 12),
+        (f"{tmp_path / 'a.parquet'}?only.language=en&size=4", 4),
+        (f"{tmp_path / 'saved'}?split=dev", 7),
+        (f"hub:{tmp_path / 'described'}", 12),
+    ):
+        assert stream_size(spec) == size
+
+
+def test_sizes_that_cannot_be_told_name_the_remedy(tmp_path):
+    for i in range(4):
+        miniature.sound(tmp_path / "wav" / f"{i}.wav", 0.3)
+    shards = miniature.write_shards(tmp_path / "shards", tmp_path)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows(3)), tmp_path / "a.parquet")
+    for spec in (str(shards), f"{tmp_path / 'a.parquet'}?only.text=1"):
+        with pytest.raises(ManifestError, match="cannot be told.*`size`, or leave out mixture_temperature.*`weight`"):
+            stream_size(spec)
+    data = DataArguments([str(shards), str(tmp_path / "a.parquet")], streaming=True, mixture_temperature=3)
+    with pytest.raises(ManifestError, match=r"shards: how many rows it has cannot be told"):
+        data.load()
+    with pytest.raises(ManifestError, match="the size is 0; it must be above 0"):
+        stream_size(f"{shards}?size=0")
