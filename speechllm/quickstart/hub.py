@@ -1,7 +1,7 @@
 """The same starting material from the Hugging Face Hub, for machines that can reach it (`--source hub`).
 
-Two models and a little speech, each at the commit that its branch `main` had when it was fetched; the commit is
-returned, so that reports and projector-only checkpoints can name it:
+Two models and a little speech, each at the commit of its branch `main` or, where the Hub does not answer, at the one in
+the cache; the commit is returned, so that reports and projector-only checkpoints can name it:
 
 * `openai/whisper-tiny.en` and `HuggingFaceTB/SmolLM2-135M-Instruct`, into the Hub's own cache;
 * the first minutes of `openslr/librispeech_asr` (configuration "clean", split "validation", CC-BY-4.0), streamed, so
@@ -13,6 +13,7 @@ upper-case words letter by letter.
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import logging
 from dataclasses import dataclass
@@ -30,8 +31,9 @@ logger = logging.getLogger(__name__)
 SPEECH_MODEL = "openai/whisper-tiny.en"
 TEXT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SPEECH_DATA = "openslr/librispeech_asr"
-SPEECH_DATA_CONFIGURATION = "clean"
-SPEECH_DATA_SPLIT = "validation"
+SPEECH_DATA_FILES = (
+    "clean/validation*.parquet"  # however the folder is laid out: one file, "clean/validation/0000.parquet"
+)
 
 FORMAT = 1  # raise when the written rows change, so that cached speech is built again
 SAMPLING_RATE = 16_000  # Hz
@@ -78,31 +80,46 @@ def librispeech_rows(minutes: float = 30.0) -> tuple[list[dict[str, Any]], str]:
         `duration` in seconds), and the commit of the data set.
 
     Raises:
-        DownloadError: the Hub does not answer or an utterance is not 16 kHz mono.
+        DownloadError: the Hub does not answer and the cache has no copy, or an utterance is not 16 kHz mono.
     """
-    from huggingface_hub import HfApi
-
-    try:
-        revision = HfApi().dataset_info(SPEECH_DATA).sha
-    except Exception as error:  # as above
-        raise _failure("data set", SPEECH_DATA, error) from error
-    provenance = {"format": FORMAT, "dataset": SPEECH_DATA, "revision": revision, "minutes": minutes}
     folder = cache_directory() / "speech" / f"librispeech-clean-validation-{minutes:g}min"
+    revision = _speech_revision(folder / "source.json")
+    provenance = {"format": FORMAT, "dataset": SPEECH_DATA, "revision": revision, "minutes": minutes}
     build_once(folder, provenance, lambda partial: _write_librispeech(partial, revision, minutes))
     rows = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
     return [{**row, "audio": str(folder / row["audio"])} for row in rows], revision
 
 
+def _speech_revision(recorded: Path) -> str:
+    """The commit of the data set's branch `main`; where the Hub does not answer, the one of the cached speech."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(SPEECH_DATA).sha
+    except Exception as error:  # as above
+        if not recorded.exists():
+            raise _failure("data set", SPEECH_DATA, error) from error
+        logger.info("The Hub does not answer (%s); the cached speech of %s is used.", error, SPEECH_DATA)
+        return json.loads(recorded.read_text(encoding="utf-8"))["revision"]
+
+
 def _write_librispeech(folder: Path, revision: str, minutes: float) -> None:
-    """Stream utterances into `folder` as FLAC with a `rows.json`."""
-    from datasets import Audio, load_dataset
+    """Stream utterances into `folder` as FLAC with a `rows.json`.
+
+    Not by `datasets`: its Parquet scanner reads ahead in threads, and a process that leaves the stream early may hang or
+    abort when it ends (https://github.com/apache/arrow/issues/45214).
+    """
+    from huggingface_hub import HfApi, HfFileSystem
+    from pyarrow.parquet import ParquetFile
 
     logger.info("Streaming %g minutes of %s ...", minutes, SPEECH_DATA)
     try:
-        stream = load_dataset(
-            SPEECH_DATA, SPEECH_DATA_CONFIGURATION, split=SPEECH_DATA_SPLIT, revision=revision, streaming=True
-        )
-        rows = take_utterances(stream.cast_column("audio", Audio(decode=False)), folder, 60 * minutes)
+        files = [file.rfilename for file in HfApi().dataset_info(SPEECH_DATA, revision=revision).siblings]
+        if not (files := sorted(fnmatch.filter(files, SPEECH_DATA_FILES))):
+            raise DownloadError(f"{SPEECH_DATA} has no {SPEECH_DATA_FILES} any more: use `--source packages`.")
+        with HfFileSystem().open(f"datasets/{SPEECH_DATA}@{revision}/{files[0]}") as file:
+            batches = ParquetFile(file).iter_batches(100, columns=["id", "text", "audio"], use_threads=False)
+            rows = take_utterances((row for batch in batches for row in batch.to_pylist()), folder, 60 * minutes)
     except DownloadError:
         raise
     except Exception as error:  # as above

@@ -1,5 +1,6 @@
-"""A Hub on loopback: the few routes of huggingface.co that the official client uses to create, fill, list and read model
-repositories, with what the real one answers. Repositories live in memory; every commit is kept.
+"""A Hub on loopback: the few routes of huggingface.co that the official client uses to create, fill, list and read
+repositories, with what the real one answers. Repositories live in memory; every commit is kept. The name of a data set's
+begins with `datasets/`, as its address does.
 
 Public repositories are read by all; writing, and reading private ones, takes the token `WRITE_TOKEN`.
 """
@@ -18,7 +19,8 @@ import yaml
 
 
 WRITE_TOKEN = "hf_SecretOfTheTests"
-REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
+REPO = r"(?P<repo>(datasets/)?[\w.-]+/[\w.-]+)"
+API = rf"/api/(models/)?{REPO}"
 
 
 class Repository:
@@ -164,7 +166,7 @@ class Handler(BaseHTTPRequestHandler):
         sha, files = self.files(repo, revision)
         card = re.match(rb"---\n(.*?)\n---", files.get("README.md", b""), re.DOTALL)
         self.answer({
-            "_id": repo, "id": repo, "sha": sha, "private": self.repository(repo).private, "tags": [],
+            "_id": repo, "id": repo.removeprefix("datasets/"), "sha": sha, "private": self.repository(repo).private, "tags": [],
             "siblings": [{"rfilename": path} for path in files],
             "cardData": yaml.safe_load(card.group(1)) if card else None,
         })  # fmt: skip
@@ -185,19 +187,26 @@ class Handler(BaseHTTPRequestHandler):
         if path not in files:
             raise Refusal(404, "EntryNotFound", commit=sha)
         content = files[path]
-        headers = {"X-Repo-Commit": sha, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
-        self.answer(content, headers=headers)
+        headers = {"X-Repo-Commit": sha, "ETag": f'"{hashlib.sha256(content).hexdigest()}"', "Accept-Ranges": "bytes"}
+        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if part is None:
+            return self.answer(content, headers=headers)
+        first, last = int(part[1]), min(int(part[2] or len(content)), len(content) - 1)
+        if first > last:
+            raise Refusal(416)
+        headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+        self.answer(content[first : last + 1], 206, headers)
 
     ROUTES = (  # method, pattern of the path, handler
         ("POST", r"/api/repos/create", create),
         ("POST", r"/api/validate-yaml", validate_yaml),
-        ("POST", rf"/api/models/{REPO}/branch/(?P<name>.+)", branch),
-        ("POST", rf"/api/models/{REPO}/preupload/(?P<revision>[^/]+)", preupload),
-        ("POST", rf"/api/models/{REPO}/commit/(?P<revision>[^/]+)", commit),
+        ("POST", rf"{API}/branch/(?P<name>.+)", branch),
+        ("POST", rf"{API}/preupload/(?P<revision>[^/]+)", preupload),
+        ("POST", rf"{API}/commit/(?P<revision>[^/]+)", commit),
         ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", large_file_batch),
         ("PUT", r"/large-files/(?P<oid>\w+)", large_file),
-        ("GET", rf"/api/models/{REPO}(/revision/(?P<revision>[^/]+))?", info),
-        ("GET", rf"/api/models/{REPO}/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?", tree),
+        ("GET", rf"{API}(/revision/(?P<revision>[^/]+))?", info),
+        ("GET", rf"{API}/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?", tree),
         ("GET", rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", resolve),
     )
 
