@@ -31,9 +31,7 @@ logger = logging.getLogger(__name__)
 SPEECH_MODEL = "openai/whisper-tiny.en"
 TEXT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SPEECH_DATA = "openslr/librispeech_asr"
-SPEECH_DATA_FILES = (
-    "clean/validation*.parquet"  # however the folder is laid out: one file, "clean/validation/0000.parquet"
-)
+SPEECH_DATA_FILES = "clean/validation*.parquet"  # one of 341 MB, "clean/validation/0000.parquet"
 
 FORMAT = 1  # raise when the written rows change, so that cached speech is built again
 SAMPLING_RATE = 16_000  # Hz
