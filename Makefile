@@ -24,10 +24,10 @@ demo: install  ## Pretrain and fine-tune a small model on real speech; see runs/
 	$(BIN)/speechllm quickstart --output runs/quickstart
 
 test: install  ## Run the fast tests (under 10 minutes on 2 cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: install  ## Run all tests, also those on real weights and speech
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 	$(BIN)/python -m pytest -m slow
 
 lint: install  ## Check style and formatting

@@ -160,6 +160,7 @@ difference = max((weights[name].float() - value.float()).abs().max().item() for 
 """
 
 
+@pytest.mark.slow  # each process imports everything anew; tests/data/test_streaming.py has the readers alone
 def test_two_processes_share_a_stream_and_resume(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(TWO_PROCESSES)
