@@ -77,6 +77,7 @@ class Service:
     def __init__(self, model, processor, name: str, limits: Limits, max_batch_size: int, max_wait: float):
         self.processor, self.name, self.limits = processor, name, limits
         self.batcher = Batcher(model, processor, max_batch_size, max_wait)
+        processor.count_tokens("", [])  # turns off what padding the tokenizer was saved with, before threads share it
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
         self.created = int(time.time())
         self.in_flight = 0

@@ -9,6 +9,7 @@
    shapes round differently, which may decide between two tokens that are almost equally likely.
 """
 
+import copy
 import threading
 import time
 from collections import deque
@@ -83,13 +84,15 @@ class Batcher:
     """Answers jobs in one worker thread.
 
     Args:
-        model, processor: a `SpeechLLMForConditionalGeneration` in evaluation mode and its processor.
+        model, processor: a `SpeechLLMForConditionalGeneration` in evaluation mode and its processor, of which the worker
+            has a copy: a tokenizer that pads in one thread and counts tokens in another does both wrongly, or raises
+            "Already borrowed".
         max_batch_size: prompts generated at once.
         max_wait: seconds that a prompt waits for others.
     """
 
     def __init__(self, model, processor, max_batch_size: int = 8, max_wait: float = 0.02):
-        self.model, self.processor = model, processor
+        self.model, self.processor = model, copy.deepcopy(processor)
         self.max_batch_size, self.max_wait = max_batch_size, max_wait
         self.prompts = self.batches = 0  # so far
         self._queue: deque[Job] = deque()

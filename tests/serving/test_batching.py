@@ -145,3 +145,27 @@ def test_closing_finishes_what_is_queued(parts):
     batcher.submit(*jobs)
     batcher.close()
     assert [one.finish_reason for one in jobs] == ["length"] * 3
+
+
+def test_tokens_are_counted_while_batches_are_padded(parts):
+    processor, counts, over = parts[2], [], threading.Event()
+
+    def count():
+        while not over.is_set():
+            counts.append(processor.count_tokens("of " * 2_000, []))  # encoded outside of the interpreter's lock
+
+    counting = [threading.Thread(target=count) for _ in range(2)]
+    batcher = Batcher(parts[1], processor, max_batch_size=2)
+    for thread in counting:
+        thread.start()
+    try:
+        jobs = [job(processor, text="Say it. " * (1 + i % 2), tokens=1) for i in range(300)]
+        batcher.submit(*jobs)
+        wait(jobs)
+    finally:
+        over.set()
+        for thread in counting:
+            thread.join()
+        batcher.close()
+    assert not [one.error for one in jobs if one.error]
+    assert len(set(counts)) == 1
