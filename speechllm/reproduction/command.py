@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..recipes import UsageError
 from .data import prepare_fine_tuning, prepare_languages, prepare_pretraining, prepare_probing
-from .plan import Scale, plan
+from .plan import Cell, Scale, plan
 from .report import Report
 from .run import Runner
 from .scales import SCALES
@@ -49,11 +49,11 @@ def reproduce(
             f"There are no recipes in {recipes / scale.recipes}. Run this in a checkout of the repository, or give "
             "--recipes."
         )
-    if scale.prepared and not report_only:
-        _prepare(scale, fractions, stage, study)
     cells = plan(scale, recipes, rows, seeds, fractions)
     if stage is not None:
         cells = [cell for cell in cells if cell.stage == stage]
+    if scale.prepared and not report_only:
+        _prepare(scale, cells, study)
     output.mkdir(parents=True, exist_ok=True)
     options = {"study": [study] * (study is not None), "rows": rows, "seeds": [seeds] * (seeds is not None),
                "fractions": fractions, "stage": [stage] * (stage is not None)}  # fmt: skip
@@ -69,17 +69,19 @@ def reproduce(
     return complete
 
 
-def _prepare(scale: Scale, fractions: list[int] | None, stage: str | None, study: str | None) -> None:
+def _prepare(scale: Scale, cells: list[Cell], study: str | None) -> None:
+    """Make what is missing of the cells' data."""
+    stages, manifests = {cell.stage for cell in cells}, {cell.settings.get("train_data") for cell in cells}
+    fractions = [
+        percent for percent, settings in scale.fraction_settings.items() if settings["train_data"] in manifests
+    ]
     prepare_pretraining()
     if study == "languages":
         prepare_languages()
-    if stage is None:
-        fractions = scale.fractions if fractions is None else fractions
-        prepare_fine_tuning(
-            scale.name, scale.tasks, {100, *fractions, *(p for row in scale.rows for p in row.fractions or ())}
-        )
-        if any(row.probed for row in scale.rows):
-            prepare_probing()
+    if fractions or "fine-tuning" in stages:
+        prepare_fine_tuning(scale.name, scale.tasks, fractions)
+    if "probing" in stages:
+        prepare_probing()
 
 
 def publish_report(report: Report, folder: Path, name: str) -> None:

@@ -20,6 +20,8 @@ and test share no near-duplicate prompt, and no two facts that stand together in
 import json
 import random
 from collections.abc import Iterable, Mapping
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from ..data.forced_alignment import proportional_words
@@ -96,17 +98,18 @@ def prepare_fine_tuning(scale: str, tasks: Mapping[str, tuple[int, int]], fracti
     Args:
         tasks: task -> rows to train on, in the manifest of every fraction, and rows to test on.
     """
-    paths = {percent: train_manifest(scale, percent) for percent in fractions if percent}
-    missing = {percent: path for percent, path in paths.items() if not path.is_file()}
+    missing = [percent for percent in fractions if not train_manifest(scale, percent).is_file()]
     if not missing and test_manifest(scale).is_file():
         return
     rows, questions, traits = {}, spoken_question_answering(progress=False), spoken_traits(progress=False)
     for part, transcribed in (("train", PRETRAINING), ("test", PRETRAINING_TEST)):
         translated = [row for row in load_rows(SMALL / f"{part}-tasks.jsonl") if row["task"] == "st"]
         rows[part] = [*load_rows(transcribed), *translated, *questions[part], *trait_rows(traits[part])]
-    for percent, path in missing.items():
-        _write(path, mixture(fraction(rows["train"], percent), {task: count for task, (count, _) in tasks.items()}))
-    _write(test_manifest(scale), test_rows(rows["test"], {task: count for task, (_, count) in tasks.items()}))
+    to_train, to_test = ({task: counts[i] for task, counts in tasks.items()} for i in range(2))
+    for percent in missing:
+        _write(train_manifest(scale, percent), mixture(fraction(rows["train"], percent), to_train))
+    if not test_manifest(scale).is_file():
+        _write(test_manifest(scale), test_rows(rows["test"], to_test))
 
 
 def languages_test(manifest: Path) -> Path:
@@ -132,20 +135,30 @@ def prepare_languages(source: str = "auto") -> None:
 
 
 def prepare_probing() -> None:
-    """Write the recordings that are probed, with the labels' columns. Of each text those of half of the voices, by turns:
-    many texts for the words, many voices for what is said of them."""
-    if TRAITS.is_file():
-        return
-    traits = spoken_traits(progress=False)
+    """Write the recordings that are probed, with the labels' columns."""
+    if not TRAITS.is_file():
+        traits = spoken_traits(progress=False)
+        _write(TRAITS, by_turns([*traits["test"], *sorted(traits["train"], key=lambda row: row["text"])], PROBED_TEXTS))
+
+
+def by_turns(rows: list[Row], texts: int) -> list[Row]:
+    """Of so many texts, the recordings by every second voice of each gender, by turns: of equally many recordings, more
+    texts for the words and as many voices for what is said of them."""
     by_text: dict[str, list[Row]] = {}
-    for row in [*traits["test"], *sorted(traits["train"], key=lambda row: row["text"])]:
+    for row in rows:
         by_text.setdefault(row["text"], []).append(row)
-    rows = []
-    for number, of_text in enumerate(list(by_text.values())[:PROBED_TEXTS]):
-        for gender in sorted({row["gender"] for row in of_text}):
-            voices = sorted({row["speaker"] for row in of_text if row["gender"] == gender})
-            rows += [row for row in of_text if row["speaker"] in voices[number % 2 :: 2]]
-    _write(TRAITS, rows)
+    voices = sorted({(row["gender"], row["speaker"]) for row in rows})
+    places = {
+        speaker: place
+        for _, of_gender in groupby(voices, itemgetter(0))
+        for place, (_, speaker) in enumerate(of_gender)
+    }
+    return [
+        row
+        for number, of_text in enumerate(list(by_text.values())[:texts])
+        for row in sorted(of_text, key=itemgetter("gender"))
+        if places[row["speaker"]] % 2 == number % 2
+    ]
 
 
 def fraction(rows: list[Row], percent: int) -> list[Row]:

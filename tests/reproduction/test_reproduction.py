@@ -12,6 +12,7 @@ import yaml
 from tiny_training import save_base_models, tiny_rows
 
 from speechllm.recipes import UsageError, parse_settings
+from speechllm.reproduction.claims import claims_of
 from speechllm.reproduction.command import publish_report, reproduce
 from speechllm.reproduction.plan import Row, Scale, plan
 from speechllm.reproduction.report import Report
@@ -339,7 +340,9 @@ def test_studies_can_be_planned(scale, name, tmp_path):
     assert all(grid[cell.name] == cell.hash for cell in shared)  # a run of the grid is not run again
     assert shared or not STUDIES[name].rows
     for cell in cells:
-        if cell.name not in grid and cell.stage != "probing":
+        if cell.stage == "probing":
+            assert cell.row in STUDIES[name].rows and STUDIES[name].probed
+        elif cell.name not in grid:
             recipe = tmp_path / "recipe.yaml"
             start = {"model": "x"} if cell.start else {}
             recipe.write_text(yaml.safe_dump({**cell.settings, **start, "output_dir": "y"}))
@@ -353,6 +356,14 @@ def test_single_layer_goes_on_from_the_input():
     study = {row.name: row.settings.get("layer_schedule") for row in scale_of(SCALES["tiny"], "layers").rows}
     assert study["contr-cos-all"].endswith(":all")
     assert study["contr-cos-layer-15"] == study["contr-cos-all"].replace(":all", ":15")
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_claims_compare_what_the_scale_runs(name):
+    compared = [comparison for claim in claims_of(SCALES[name]) for comparison in claim.comparisons]
+    cells = {(cell.row, cell.percent) for cell in plan(SCALES[name], RECIPES)}
+    assert {cell for c in compared for cell in ((c.row, c.percent), (c.other, c.other_percent))} <= cells
+    assert {c.task for c in compared} == {*SCALES[name].tasks} or name == "paper"
 
 
 def test_publish(finished, tmp_path):

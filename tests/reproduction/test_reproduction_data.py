@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from speechllm.reproduction.data import fraction, mixture, test_rows
+from speechllm.reproduction.data import by_turns, fraction, mixture, test_rows
 
 
 def rows(count):
@@ -45,6 +45,21 @@ def test_rows_of_the_test_are_drawn_once_for_all():
     chosen = test_rows(rows(60), {"asr": 10, "st": 100, "sqa": 5})
     assert Counter(row["task"] for row in chosen) == {"asr": 10, "st": 60, "sqa": 5}
     assert chosen == test_rows(rows(60), {"sqa": 5, "st": 100, "asr": 10})
+
+
+def test_voices_take_turns():
+    """Each voice speaks of every second text, and each text is spoken by as many of both genders."""
+    voices = [("female", name) for name in "abcd"] + [("male", name) for name in "efgh"]
+    recordings = [
+        {"text": f"text {i}", "gender": gender, "speaker": speaker, "rate": rate}
+        for i in range(6)
+        for gender, speaker in voices
+        for rate in (0.7, 1.0)
+    ]
+    chosen = by_turns(recordings, 4)
+    assert Counter(row["speaker"] for row in chosen) == dict.fromkeys("abcdefgh", 4)
+    counts = Counter((row["text"], row["gender"]) for row in chosen)
+    assert counts == {(f"text {i}", gender): 4 for i in range(4) for gender in ("female", "male")}
 
 
 test_rows.__test__ = False  # the function under test is not a test

@@ -1,6 +1,7 @@
 """Short training runs, for one process or for two."""
 
 import os
+import re
 import socket
 
 import torch
@@ -151,7 +152,7 @@ def run_sharded(folder, processes=1):
     found = {}
     for kind, make, options in (
         ("pretraining", contrastive, {"layers": "0,2", "symmetric": True}),
-        ("fine-tuning", fine_tuning, {}),
+        ("fine-tuning", fine_tuning, {"predict_with_generate": True, "max_new_tokens": 6}),
     ):
         whole = train(kind, make, **options)
         evaluation = whole.evaluate()
@@ -162,7 +163,7 @@ def run_sharded(folder, processes=1):
         found[kind] = {
             "losses": [log["loss"] for log in whole.state.log_history if "loss" in log],
             "resumed": [log["loss"] for log in resumed.state.log_history if "loss" in log],
-            "evaluation": {name: value for name, value in evaluation.items() if "loss" in name or "rank" in name},
+            "evaluation": {name: value for name, value in evaluation.items() if re.search("loss|rank|wer", name)},
         }
     return found
 
