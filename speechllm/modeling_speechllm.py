@@ -269,27 +269,31 @@ class SpeechLLMModel(SpeechLLMPreTrainedModel):
         past_key_values: object | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        speech_tokens: torch.FloatTensor | None = None,
         layers: list[int] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SpeechLLMModelOutput:
         """See `get_audio_features` for the audio inputs and the LLM's documentation for the rest.
 
         Args:
+            speech_tokens: (placeholders in `input_ids`, text hidden size) instead of audio, as an earlier pass returned
+                them.
             layers: if given, return `layer_states` at these hidden-state indices (0 = the LLM's input embeddings,
                 k = after layer k, the last = after the final norm, as in `output_hidden_states`) and run no layer
                 beyond the largest; with `[0]` the LLM does not run at all.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either `input_ids` or `inputs_embeds`, not both and not neither.")
-        speech_tokens = None
         if any(audio is not None for audio in (input_values, input_features, speech_frames)):
+            if speech_tokens is not None:
+                raise ValueError("Give either audio or `speech_tokens`, not both.")
             speech_tokens = self.get_audio_features(
                 input_values, input_values_mask, input_features, input_features_mask, speech_frames, speech_frames_mask
             ).pooler_output
         if inputs_embeds is None:
             inputs_embeds = self.embed_prompt(input_ids, speech_tokens)
         elif speech_tokens is not None:
-            raise ValueError("Audio needs `input_ids` with placeholders; with `inputs_embeds` there are none to fill.")
+            raise ValueError("Speech needs `input_ids` with placeholders; with `inputs_embeds` there are none to fill.")
 
         text_inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
         if layers is not None:

@@ -160,6 +160,12 @@ class SpeechLLMTrainer(PushingTrainer):
         Raises:
             ValueError: if a setting does not go with them.
         """
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and plugin.cpu_ram_efficient_loading:
+            raise ValueError(
+                "fsdp_cpu_ram_efficient_loading leaves all processes but the first without weights, which are read before "
+                "they are split (caches, the LM head). Set it to false, as in recipes/accelerate/fsdp2.yaml."
+            )
 
     def items(self, rows: list[Row]) -> SpeechItems:
         """The stage's data set of `rows`."""

@@ -126,6 +126,7 @@ class ContrastiveTrainer(SpeechLLMTrainer):
         return getattr(model, "model", model)
 
     def check_processes(self) -> None:
+        super().check_processes()
         if self.args.gradcache_chunk and self.is_deepspeed_enabled:
             raise ValueError(
                 "gradcache_chunk runs several backward passes per step, which DeepSpeed does not allow: use DDP."
@@ -333,7 +334,7 @@ class ContrastiveTrainer(SpeechLLMTrainer):
         batch, layers = self._prepared(inputs)
         chunks = split_batch(batch, self.args.gradcache_chunk, self.headless.config)
         used, planned = len(chunks), -(-self._train_batch_size // self.args.gradcache_chunk)
-        chunks += chunks[-1:] * (planned - used)  # some utterances could not be used
+        chunks += [{**chunks[-1], "weight": 0.0}] * (planned - used)  # some utterances could not be used
         with self.compute_loss_context_manager():
             text_sides = [self._text_side(chunk, layers) for chunk in chunks]
         chunks = [{**chunk, "text_side": text_side} for chunk, text_side in zip(chunks, text_sides)]

@@ -56,7 +56,7 @@ def two_pass_backward(
         encode: runs the model on a chunk.
         states_of: what the loss needs of its output, each (items, ...).
         loss: of the states of all chunks, joined.
-        further: terms of the loss that are taken of each chunk alone.
+        further: terms of the loss that are taken of each chunk alone; zero for those that do not count.
         used: only so many chunks count; the others just run. (Where weights are sharded, all processes must run the model
             equally often.)
         scale: of losses, before their backward pass.
@@ -85,7 +85,7 @@ def two_pass_backward(
                 output = encode(chunk)
             ends = states_of(output)
             starts = list(shares[i]) if i < used else [torch.zeros_like(end) for end in ends]
-            if further is not None and i < used:
+            if further is not None:
                 term = further(output)
                 total = total + term.detach()
                 ends, starts = [*ends, scale(term)], [*starts, torch.ones_like(term)]

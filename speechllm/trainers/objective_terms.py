@@ -8,8 +8,9 @@
 | `norm`         | nothing                                           | scale of the speech tokens against the embeddings' |
 
 The speech tokens of the batch are made once, by the trained module; every term puts them into a prompt of its own. These
-further passes run outside the module that is wrapped for several processes: their gradient reaches the projector through
-the speech tokens, hence through the wrapped module's own pass. That is all of it while the LLM is frozen.
+further passes run outside the module that DDP wraps: their gradient reaches the projector through the speech tokens, hence
+through the wrapped module's own pass. That is all of it while the LLM is frozen. (FSDP2 wraps nothing: its weights find
+each other in whatever pass. The head, no part of the trained module, is whole on every process.)
 
 Each term is a mean over its own tokens (`norm`: over utterances) in the whole optimiser step: over all processes,
 accumulated batches and chunks (`gradcache_chunk`). So it does not depend on how a global batch is split.
@@ -86,7 +87,7 @@ class ObjectiveTerms:
 
         Raises:
             ValueError: for what passes outside the wrapped module would get wrong: a trained LLM on several processes, or
-                weights that are split over processes.
+                weights that DeepSpeed splits over processes.
         """
         trainer = self.trainer
         if not self.reading:
@@ -98,10 +99,10 @@ class ObjectiveTerms:
                 "be shared between them. Set freeze_language_model, train on one process, or leave the term out."
             )
         zero = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
-        if trainer.is_fsdp_enabled or (zero is not None and zero.zero_stage == 3):
+        if zero is not None and zero.zero_stage == 3:
             raise ValueError(
-                f"{self.reading[0]}_weight needs whole weights on every process; FSDP and ZeRO stage 3 split them. Use DDP "
-                "or ZeRO stage 2, which suffice while the LLM is frozen, or leave the term out."
+                f"{self.reading[0]}_weight does not go with ZeRO stage 3. Use FSDP2, which splits weights too, or DDP or "
+                "ZeRO stage 2, which suffice while the LLM is frozen, or leave the term out."
             )
 
     # ---- data ------------------------------------------------------------------------------------------------------
@@ -248,25 +249,15 @@ class ObjectiveTerms:
         total = torch.zeros(2, len(names), dtype=torch.float64)
         for batch in trainer.eval_batches(dataset):
             batch = trainer.on_device(batch)
-            if batch["weight"]:
-                states = trainer.aligned_states(trainer.headless, batch, [])
-                losses = [getattr(self, name)(states)["loss"].item() for name in names]
-                counts = [int(self._count(name, batch, HELD_OUT)) for name in names]
+            states = trainer.aligned_states(trainer.headless, batch, [])
+            losses = [getattr(self, name)(states)["loss"].item() for name in names]
+            counts = [int(self._count(name, batch, HELD_OUT)) for name in names]
+            if batch["weight"]:  # else a stand-in, which ran only because other processes may wait for it
                 total += torch.tensor([losses, counts], dtype=torch.float64)
         if trainer.args.world_size > 1:
             total = trainer.accelerator.reduce(total.to(trainer.args.device)).cpu()
         means = total[0] / total[1].clamp(min=1)
         return {f"loss_{name}": mean for name, mean in zip(names, means.tolist())}
-
-    def _embedded(self, prompt: Prompt, speech_tokens: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """Inputs of a pass of one's own through the LLM."""
-        if self.trainer.headless.training:
-            self.trainer.llm_tokens += int(prompt["attention_mask"].sum())
-        return {
-            "inputs_embeds": self.trainer.headless.embed_prompt(prompt["input_ids"], speech_tokens),
-            "attention_mask": prompt["attention_mask"],
-            "use_cache": False,
-        }
 
     def _cross_entropy(self, prompt: Prompt, speech_tokens: torch.Tensor) -> torch.Tensor:
         """Sum over the prompt's labels; the head runs on no other position."""
@@ -282,8 +273,13 @@ class ObjectiveTerms:
 
     def _answer_states(self, prompt: Prompt, speech_tokens: torch.Tensor | None) -> torch.Tensor:
         """(labels, dim): the final hidden states that predict the prompt's labels, after speech or, with `None`, text."""
+        headless, attention_mask = self.trainer.headless, prompt["attention_mask"]
+        if headless.training:
+            self.trainer.llm_tokens += int(attention_mask.sum())
         with self.trainer.accelerator.autocast():
-            hidden = self.trainer.headless(**self._embedded(prompt, speech_tokens)).last_hidden_state
+            hidden = headless(
+                prompt["input_ids"], speech_tokens=speech_tokens, attention_mask=attention_mask, use_cache=False
+            ).last_hidden_state
         predicting = prompt["labels"][:, 1:] != IGNORED
         side = "LLM's states after the transcripts" if speech_tokens is None else "LLM's states after the speech"
         return require_finite(hidden[:, :-1][predicting], predicting.nonzero()[:, 0], side)

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import soundfile
@@ -392,26 +393,30 @@ def test_settings_that_cannot_be(tmp_path):
 def test_weights_that_several_processes_would_not_share(tmp_path, monkeypatch):
     trainer = contrastive(tmp_path, tiny_trainable(freeze_language_model=False), distillation_weight=1.0)
     trainer.terms.prepare()  # one process
-    frozen = contrastive(tmp_path, next_token_weight=1.0)
-    frozen.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match="next_token_weight needs whole weights.*Use DDP"):
-        frozen.terms.prepare()
-    frozen.is_fsdp_enabled = False
     monkeypatch.setattr(ContrastiveArguments, "world_size", 2)
-    frozen.terms.prepare()
+    contrastive(tmp_path, next_token_weight=1.0).terms.prepare()
     with pytest.raises(ValueError, match="distillation_weight on several processes needs a frozen LLM"):
         trainer.terms.prepare()
 
 
-def test_split_weights_are_refused_before_any_data_is_read(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("deepspeed", {"zero_stage": 3}, "distillation_weight does not go with ZeRO stage 3. Use FSDP2"),
+        ("fsdp", {"cpu_ram_efficient_loading": True}, "fsdp_cpu_ram_efficient_loading leaves.*Set it to false"),
+    ],
+)
+def test_weights_that_are_not_there_are_refused_before_any_data_is_read(tmp_path, monkeypatch, name, settings, message):
     create = Trainer.create_accelerator_and_postprocess
 
-    def with_fsdp(trainer):
+    def with_plugin(trainer):
         create(trainer)
-        trainer.is_fsdp_enabled = True
+        setattr(trainer, f"is_{name}_enabled", True)
+        state = type(trainer.accelerator.state)
+        monkeypatch.setattr(state, f"{name}_plugin", SimpleNamespace(**settings), raising=False)
 
-    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", with_fsdp)
-    with pytest.raises(ValueError, match="distillation_weight needs whole weights.*Use DDP or ZeRO stage 2"):
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", with_plugin)
+    with pytest.raises(ValueError, match=message):
         contrastive(tmp_path, distillation_weight=1.0, feature_cache=str(tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
 
