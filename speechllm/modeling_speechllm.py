@@ -293,7 +293,7 @@ class SpeechLLMModel(SpeechLLMPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_prompt(input_ids, speech_tokens)
         elif speech_tokens is not None:
-            raise ValueError("Speech needs `input_ids` with placeholders; with `inputs_embeds` there are none to fill.")
+            raise ValueError("Audio needs `input_ids` with placeholders; with `inputs_embeds` there are none to fill.")
 
         text_inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
         if layers is not None:

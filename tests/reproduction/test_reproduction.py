@@ -251,13 +251,12 @@ def test_failing_cell(world, tmp_path, capsys):
     assert not (tmp_path / cells[1].name / "error.txt").exists()
 
 
-def test_two_at_a_time(world, tmp_path):
+def test_two_at_a_time(world, finished, tmp_path):
     """In processes of their own, each after the one that it starts from, with the results of one after the other."""
     cells = cells_of(world)
-    assert Runner(cells, tmp_path / "two", jobs=2).run()
-    assert Runner(cells, tmp_path / "one").run()
+    assert Runner(cells, tmp_path, jobs=2).run()
     for cell in cells:
-        two, one = (read_result(cell, tmp_path / folder) for folder in ("two", "one"))
+        two, one = read_result(cell, tmp_path), read_result(cell, finished[1])
         assert two["steps"] == one["steps"] and two["llm_tokens"] == one["llm_tokens"]
         losses = [[log["loss"] for log in result["history"]] for result in (two, one)]
         assert losses[0] == pytest.approx(losses[1], abs=1e-3)

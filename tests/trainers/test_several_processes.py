@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from filelock import FileLock
 from tiny_training import weights_of
 from two_processes import RUNS, run, run_sharded, run_twice
 
@@ -9,9 +10,14 @@ from speechllm import SpeechLLMForConditionalGeneration
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """What became of all runs on two processes, per process."""
-    return run_twice(tmp_path_factory.mktemp("two"), list(RUNS))
+def two(tmp_path_factory, worker_id):
+    """What became of all runs on two processes, per process; the test workers share it."""
+    folder = tmp_path_factory.getbasetemp()
+    shared = (folder if worker_id == "master" else folder.parent) / "two_processes.pt"
+    with FileLock(f"{shared}.lock"):
+        if not shared.exists():
+            torch.save(run_twice(tmp_path_factory.mktemp("two"), list(RUNS)), shared)
+    return torch.load(shared, weights_only=False)
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name not in ("per device", "not finite")])

@@ -140,7 +140,7 @@ def split_weights():
 
 
 def run_sharded(folder, processes=1):
-    """Pretraining and fine-tuning, each at once and stopped and resumed half-way; losses, weights, and what evaluation says."""
+    """Pretraining and fine-tuning, each at once and resumed from half-way; losses, weights, and what evaluation says."""
     if processes > 1:
         split_weights()
     common = {"learning_rate": 1e-3, "warmup_steps": 0, "length_window": 0, "max_steps": 4, "lr_scheduler_type": "constant",
@@ -164,10 +164,9 @@ def run_sharded(folder, processes=1):
         ("terms", contrastive, {"layers": "0,2", "gradcache_chunk": 3, "rows": with_silence, **TERMS}),
         ("fine-tuning", fine_tuning, {"predict_with_generate": True, "max_new_tokens": 12, "rows": with_silence}),
     ):
-        whole = train(kind, make, **options)
+        whole = train(kind, make, save_strategy="steps", save_steps=2, **options)
         evaluation = whole.evaluate()
-        train(kind, make, "part", save_strategy="steps", save_steps=2, **options)
-        halfway = folder / kind / "part" / "checkpoint-2"
+        halfway = folder / kind / "whole" / "checkpoint-2"
         resumed = train(kind, make, "resumed", resume=str(halfway), **options)
         whole.save_model(str(folder / kind / f"saved by {processes}"))
         found[kind] = {
