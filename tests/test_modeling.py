@@ -313,6 +313,18 @@ def test_audio_inputs_that_do_not_fit_are_explained():
         model()
     with pytest.raises(ValueError, match="Audio needs `input_ids`"):
         model(**{**batch, "input_ids": None, "inputs_embeds": torch.zeros(3, 5, 32)})
+    with pytest.raises(ValueError, match="either audio or `speech_tokens`"):
+        model.model(**batch, speech_tokens=torch.zeros(3, 32))
+
+
+def test_speech_tokens_of_an_earlier_pass_stand_for_the_audio():
+    model = enliven(tiny_model("whisper")).model
+    batch = prompts(tiny_model("whisper"))
+    with torch.no_grad():
+        heard = model(**batch)
+        read = model(batch["input_ids"], attention_mask=batch["attention_mask"], speech_tokens=heard.speech_tokens)
+    assert torch.equal(read.last_hidden_state, heard.last_hidden_state)
+    assert read.speech_tokens is heard.speech_tokens
 
 
 # ---- the LLM inside ------------------------------------------------------------------------------------------------
