@@ -90,7 +90,7 @@ def check_rows(rows: Iterable[Row | SetAside], name: str, strict: bool = False, 
         item = (
             row
             if isinstance(row, SetAside)
-            else problem(row := _with_target(row), f"{name}, row {number}", known, answers)
+            else problem(row := with_target(row), f"{name}, row {number}", known, answers)
         )
         if item is None and row.get("id") not in (None, ""):
             key = (str(row["id"]), *(str(row.get(part)) for part in ("task", "target_language", "question", "trait")))
@@ -110,9 +110,15 @@ def check_rows(rows: Iterable[Row | SetAside], name: str, strict: bool = False, 
     return Loaded(with_ids(loaded.rows), loaded.set_aside)
 
 
-def _with_target(row: Row) -> Row:
+def with_target(row: Row) -> Row:
+    """The row with a list of `answers`, for which a text or SQuAD's dictionary may stand, and the first as `target`."""
     answers = row.get("answers")
-    return {**row, "target": answers[0]} if answers and not row.get("target") else row
+    if isinstance(answers, dict):
+        answers = answers.get("text")
+    if answers is None:
+        return row
+    row = {**row, "answers": [answers] if isinstance(answers, str) else list(answers)}
+    return {**row, "target": row["answers"][0]} if row["answers"] and not row.get("target") else row
 
 
 def problem(row: Row, name: str, known: dict[str, str | None], answers: bool = True) -> SetAside | None:

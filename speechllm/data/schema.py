@@ -178,7 +178,11 @@ def _shards(path: Path) -> tuple[str, list[str]]:
 
 
 def _located(row: Row, folder: str) -> Row:
-    """The row with the path of its audio (where it has no bytes) relative to `folder`."""
+    """The row with the path of its audio (where it has no bytes) relative to `folder`, and with its segment."""
+    try:
+        row = _segmented(row)
+    except ManifestError as error:
+        row = {**row, "set_aside": {"reason": f"{row.get('id') or row.get('audio')}: {error}", "kind": "a bad number"}}
     return {**row, "audio": located_audio(row.get("audio"), folder)}
 
 
@@ -198,24 +202,33 @@ def _checked(row: Any, path: Path, place: str, folder: str | os.PathLike, with_a
         raise ManifestError(f"{path}, {place} is a {type(row).__name__}, not an object with columns.")
     if undecodable := [name for name, value in row.items() if isinstance(value, str) and not_utf8(value)]:
         raise ManifestError(f"{path}, {place}: `{undecodable[0]}` is not UTF-8. Save the file as such.")
-    if row.get("duration") is not None:
-        try:
-            row["duration"] = float(row["duration"])
-        except (TypeError, ValueError):
-            raise ManifestError(
-                f"{path}, {place}: the duration is {row['duration']!r}. Give seconds, or leave it out."
-            ) from None
     for name in ("answers", "choices"):
         if isinstance(row.get(name), str):  # as CSV writes a list
             row[name] = row[name].split("|")
-    if row.get("offset") is not None:
-        try:
-            segment = {"offset": float(row["offset"]), "duration": row.get("duration")}
-        except (TypeError, ValueError):
-            raise ManifestError(f"{path}, {place}: the offset is {row['offset']!r}. Give seconds.") from None
-        audio = {**(audio if isinstance(audio, dict) else {"path": audio}), **segment}
-        row = {name: value for name, value in row.items() if name != "offset"}
-    return {**row, "audio": located_audio(audio, folder)} if audio else row
+    try:
+        row = _segmented(row)
+    except ManifestError as error:
+        raise ManifestError(f"{path}, {place}: {error}") from None
+    return {**row, "audio": located_audio(row["audio"], folder)} if audio else row
+
+
+def _segmented(row: Row) -> Row:
+    """The row with numbers for `duration` and `offset`, which become part of its audio if it is a part of a recording.
+
+    Raises:
+        ManifestError: if one of them is no number.
+    """
+    for name in ("duration", "offset"):
+        if row.get(name) is not None:
+            try:
+                row = {**row, name: float(row[name])}
+            except (TypeError, ValueError):
+                raise ManifestError(f"the {name} is {row[name]!r}. Give seconds, or leave it out.") from None
+    if row.get("offset") is None or not row.get("audio"):
+        return row
+    audio = row["audio"] if isinstance(row["audio"], dict) else {"path": row["audio"]}
+    audio = {**audio, "offset": row["offset"], "duration": row.get("duration")}
+    return {**{name: value for name, value in row.items() if name != "offset"}, "audio": audio}
 
 
 def located_audio(audio: Any, folder: str | os.PathLike) -> Any:

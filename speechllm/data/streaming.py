@@ -29,6 +29,7 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import Dataset
 
+from .checking import with_target
 from .items import SpeechCollator, SpeechItems, approximate_length
 from .sampling import packed_batches
 from .schema import ManifestError, Row, SetAside, unusable
@@ -64,8 +65,9 @@ class StreamBatches(Dataset):
         key: rows with equal keys never share a batch.
         readers: see `StreamReaders`.
         seed: of the order.
-        buffer: rows that are shuffled together, per reader. As many are carried over at most: of keys that are more
-            frequent than batches, the rest is left out.
+        buffer: rows that are shuffled together, per reader; two batches of each group of keys at least, which could else
+            not be filled. As many are carried over at most: of keys that are more frequent than batches, the rest is left
+            out.
         window: batches' worth of them that are sorted by length together; 0 turns sorting off.
         apart: whether keys must also differ between the batches that the processes have at the same step.
     """
@@ -84,8 +86,9 @@ class StreamBatches(Dataset):
         apart: bool = True,
     ):
         self.rows, self.items, self.batch_size, self.problem, self.key = rows, items, batch_size, problem, key
-        self.readers, self.seed, self.buffer, self.window = readers, seed, buffer, window
+        self.readers, self.seed, self.window = readers, seed, window
         self.groups = readers.processes if apart else 1
+        self.buffer = max(buffer, 2 * self.groups * batch_size)
         self.positions: dict[int, Position] = {}  # worker -> where it goes on
         self._batches: Iterator[dict[str, Any]] | None = None
         self._aside: list[SetAside] = []  # since the last batch
@@ -135,7 +138,7 @@ class StreamBatches(Dataset):
         """The batches of one buffer that are not done; returns the rows that are left over."""
         rows = list(position["carried"])
         for number, row in enumerate(new, position["window"] * self.buffer):
-            row = {**row, "id": _name(row) or f"row {number} of reader {reader}"}
+            row = with_target({**row, "id": _name(row) or f"row {number} of reader {reader}"})
             if found := row.get("set_aside"):  # by `stream_sources.py`
                 self._set_aside(SetAside(row["id"], **found))
             elif found := unusable(row, self.problem):
@@ -205,15 +208,21 @@ def strict(rows: datasets.IterableDataset) -> datasets.IterableDataset:
 
 
 def _name(row: Row) -> str | None:
-    """What the row says it is called: its id, or the path of its audio."""
+    """What the row says it is called: its id, or the path of its audio (and where in it the row begins)."""
     audio = row.get("audio")
     path = audio.get("path") if isinstance(audio, dict) else audio if isinstance(audio, str | os.PathLike) else None
+    if path is not None and isinstance(audio, dict) and audio.get("offset") is not None:
+        path = f"{path} at {audio['offset']:g} s"
     name = path if row.get("id") in (None, "") else row["id"]
     return None if name is None else str(name)
 
 
 def _plain(value: Any) -> Any:
-    """A row without empty columns, and with tensors for arrays: checkpoints keep rows, and load no others."""
+    """A row without empty columns, with tensors for arrays and text for dates: checkpoints keep rows, and load no others."""
     if isinstance(value, dict):
         return {name: _plain(part) for name, part in value.items() if part is not None}
-    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    return value if value is None or isinstance(value, str | int | float | bytes | torch.Tensor) else str(value)

@@ -67,7 +67,7 @@ def next_token_kl(
         p, q = (target, found) if direction == "forward" else (found, target)
         return F.kl_div(q, p, reduction="sum", log_target=True)
 
-    total = student.sum().float() * 0  # without positions the loss still belongs to the graph
+    total = student[:0].sum().float()  # without positions the loss still belongs to the graph
     for start in range(0, len(student), chunk):
         part = slice(start, start + chunk)
         states = student[part], teacher[part].detach()

@@ -86,7 +86,8 @@ def parse_layer_weights(weights: str, depth: int) -> dict[int, float]:
     for part in weights.replace(",", " ").split():
         layer, _, weight = part.partition(":")
         try:
-            parsed[parse_layers(layer, depth)[0]] = float(weight)
+            (index,) = parse_layers(layer, depth)
+            parsed[index] = float(weight)
         except ValueError:
             parsed[-1] = -1.0
     if not parsed or not all(0 <= weight < float("inf") for weight in parsed.values()):

@@ -326,7 +326,8 @@ class SpeechLLMTrainer(PushingTrainer):
         if self.stream is not None and resume_from_checkpoint:
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
-            self._load_positions(resume_from_checkpoint)
+            if resume_from_checkpoint is not True:  # of which `Trainer` says that there is no checkpoint
+                self._load_positions(resume_from_checkpoint)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self.write_set_aside()
         return output

@@ -178,6 +178,10 @@ class ContrastiveArguments(SpeechLLMTrainingArguments):
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Utterances per device in evaluation."})
 
     def __post_init__(self):
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            # Transformers would take every loss but the whole one for a metric of which more is better.
+            lower = "loss" in self.metric_for_best_model or "mean_rank" in self.metric_for_best_model
+            self.greater_is_better = not lower
         super().__post_init__()
         parse_layer_schedule(self.layer_schedule or f"0:{self.layers.replace(' ', ',')}", ANY_DEPTH)
         if self.temperature <= 0:

@@ -91,7 +91,8 @@ class ContrastiveTrainer(SpeechLLMTrainer):
         self.prefix = shared_prefix(args.prefix, processing_class)
         self.text_states = None
         if args.text_state_cache:
-            if not headless.config.freeze_language_model or headless.config.frozen_in_train_mode:
+            trained = any(parameter.requires_grad for parameter in headless.language_model.parameters())  # LoRA, say
+            if trained or headless.config.frozen_in_train_mode:
                 raise ValueError("text_state_cache needs an LLM that is frozen and in evaluation mode.")
             self.text_states = text_state_cache(
                 args.text_state_cache,
@@ -334,7 +335,8 @@ class ContrastiveTrainer(SpeechLLMTrainer):
         batch, layers = self._prepared(inputs)
         chunks = split_batch(batch, self.args.gradcache_chunk, self.headless.config)
         used, planned = len(chunks), -(-self._train_batch_size // self.args.gradcache_chunk)
-        chunks += [{**chunks[-1], "weight": 0.0}] * (planned - used)  # some utterances could not be used
+        # Some utterances could not be used.
+        chunks += [{**chunks[-1], "weight": 0.0, "counts": False}] * (planned - used)
         with self.compute_loss_context_manager():
             text_sides = [self._text_side(chunk, layers) for chunk in chunks]
         chunks = [{**chunk, "text_side": text_side} for chunk, text_side in zip(chunks, text_sides)]
@@ -364,7 +366,7 @@ class ContrastiveTrainer(SpeechLLMTrainer):
             return share * self._term("contrastive", states, counts)
 
         def further_terms(states: AlignedStates) -> torch.Tensor:
-            part = len(states.speech_mask) / len(batch["input_ids"])
+            part = states.batch.get("counts", True) * len(states.speech_mask) / len(batch["input_ids"])
             return share * sum(self._term(name, states, counts, part) for name in further)
 
         scaler = self.accelerator.scaler

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch.utils.checkpoint import get_device_states, set_device_states
 
@@ -24,18 +25,23 @@ Output = TypeVar("Output")
 
 
 class RandomState:
-    """The random state of the CPU and of the devices of `tensors`, to return to."""
+    """The random state of the CPU and of the devices of `tensors`, to return to. (SpecAugment draws from NumPy's.)"""
 
     def __init__(self, tensors: Iterable[torch.Tensor]):
-        self.cpu = torch.get_rng_state()
+        self.cpu, self.numpy = torch.get_rng_state(), np.random.get_state()
         self.devices, self.states = get_device_states(*tensors)
 
     @contextmanager
     def again(self):
-        with torch.random.fork_rng(devices=self.devices):
-            torch.set_rng_state(self.cpu)
-            set_device_states(self.devices, self.states)
-            yield
+        now = np.random.get_state()
+        try:
+            with torch.random.fork_rng(devices=self.devices):
+                torch.set_rng_state(self.cpu)
+                np.random.set_state(self.numpy)
+                set_device_states(self.devices, self.states)
+                yield
+        finally:
+            np.random.set_state(now)
 
 
 def two_pass_backward(

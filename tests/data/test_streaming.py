@@ -1,5 +1,6 @@
 """Batches of a stream: each row once a pass, no key twice in a global batch, and exact resumption, on any readers."""
 
+import datetime
 import json
 from collections import Counter
 from itertools import chain
@@ -12,6 +13,7 @@ from tiny import tiny_config, tiny_processor, tone
 from torch.utils.data import DataLoader
 
 from speechllm.cli import _run
+from speechllm.data.checking import with_target
 from speechllm.data.items import AlignmentItems
 from speechllm.data.schema import ManifestError, load_rows, load_stream, undecoded
 from speechllm.data.stream_sources import stream_source
@@ -283,6 +285,57 @@ def test_workers_of_a_loader_read_the_same_batches():
 
     readers = [reader(stream, workers=2) for _ in range(2)]
     assert epoch(2) == [texts_of(readers[n % 2][n]) for n in range(10)]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_segments_are_those_of_a_manifest(tmp_path, kind):
+    soundfile.write(tmp_path / "long.wav", tone(1.5, seed=1), 16_000)
+    rows = [{"audio": "long.wav", "offset": i / 2, "duration": 0.25, "text": f"text {i}"} for i in range(3)]
+    path = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    assert [row["audio"] for row in load_stream(str(path))] == [row["audio"] for row in load_rows(path)]
+    batch = reader(load_stream(str(path)), batch_size=3)[0]
+    assert batch["input_values_mask"].sum(-1).tolist() == [4000, 4000, 4000]
+
+
+def test_a_bad_offset_is_set_aside(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(json.dumps({**row, "audio": "0.wav", "offset": "now"}) + "\n" for row in recorded(tmp_path))
+    )
+    with pytest.raises(ValueError, match="the offset is 'now'. Give seconds"):
+        reader(load_stream(str(path)))[0]
+
+
+def test_buffers_hold_enough_for_all_processes():
+    """Keys are dealt out to the processes; of a small buffer, hardly any would have enough for a batch."""
+    stream = from_generator()
+    taken = [take(reader(stream, process, 4, batch_size=3, buffer=2), 2) for process in range(2)]
+    assert all(len(batch) == 3 for batches in taken for batch in batches)
+
+
+def test_dates_do_not_prevent_resumption(tmp_path):
+    def dated():
+        for i in range(ROWS):
+            yield {**row(i), "recorded": datetime.date(2026, 1, 1), "tags": [datetime.date(2026, 1, 1)]}
+
+    batches = reader(datasets.IterableDataset.from_generator(dated))
+    take(batches, 3)
+    torch.save(batches.positions, tmp_path / "positions.pt")
+    found = torch.load(tmp_path / "positions.pt", weights_only=True)
+    assert {row["recorded"] for row in found[0]["carried"]} == {"2026-01-01"}
+
+
+def test_answers_of_every_form_have_a_target():
+    """A list, a text, and SQuAD's dictionary."""
+    for answers in (["Paris", "in Paris"], "Paris", {"text": ["Paris"], "answer_start": [3]}):
+        found = with_target({"answers": answers})
+        assert found["target"] == "Paris" and isinstance(found["answers"], list)
+    assert with_target({"answers": ["a"], "target": "b"})["target"] == "b"
+    assert with_target({"text": "a"}) == {"text": "a"}
 
 
 def test_audio_stays_undecoded():

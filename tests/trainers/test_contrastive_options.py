@@ -246,6 +246,7 @@ def test_settings_that_cannot_be(tmp_path):
         ({"gradcache_chunk": -1}, "gradcache_chunk is -1"),
         ({"layer_ramp": -1}, "layer_ramp is -1"),
         ({"layer_weights": "5"}, "layer_weights is '5'"),
+        ({"layer_weights": "all:0.5"}, "layer_weights is 'all:0.5'"),
         ({"layer_weights": "9:1"}, "layers from 0 to 3"),
         ({"hard_negatives_refresh": 0}, "at least 1"),
         ({"hard_negatives_similarity": 2.0}, "it is a cosine"),
@@ -253,3 +254,10 @@ def test_settings_that_cannot_be(tmp_path):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             contrastive(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("metric", "more"), [("loss_next_token", False), ("eval_loss_layer_2", False), ("recall@1_mean", True)]
+)
+def test_the_best_checkpoint_has_the_least_of_any_loss(tmp_path, metric, more):
+    assert contrastive(tmp_path, metric_for_best_model=metric).args.greater_is_better is more

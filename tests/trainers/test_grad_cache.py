@@ -1,5 +1,6 @@
 """GradCache: chunks give the gradient of the whole batch, dropout and all."""
 
+import numpy as np
 import pytest
 import torch
 from tiny import tone
@@ -52,6 +53,20 @@ def test_both_passes_of_a_chunk_drop_the_same(tmp_path):
     assert loss == pytest.approx(expected.item(), abs=1e-5)
     torch.testing.assert_close(gradient, gradient_of(trainer.speechllm), atol=1e-5, rtol=1e-4)
     assert stepped(trainer, seed=4)[0] != pytest.approx(loss, abs=1e-4)  # there is dropout
+
+
+def test_both_passes_of_a_chunk_mask_the_same_frames():
+    """SpecAugment draws from NumPy's generator."""
+    parameter = torch.ones(3, requires_grad=True)
+
+    def encode(chunk):
+        return parameter * float(np.random.rand()) * chunk["x"]
+
+    np.random.seed(0)
+    seen = []
+    two_pass_backward([{"x": torch.ones(1, 3)}] * 2, lambda chunk: (seen.append(encode(chunk)), seen[-1])[1],
+                      lambda output: [output], lambda states: states[0].sum())  # fmt: skip
+    assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3]) and not torch.equal(seen[0], seen[1])
 
 
 @pytest.mark.parametrize("speech", ["hubert-layer", "whisper"])
