@@ -86,6 +86,8 @@ def parse_settings(
                 raise UsageError(_suggest(f"--config {file}: there is no setting `{name}`.", known, name))
     options = [option for action in parser._actions for option in action.option_strings]
     for name in (argument.partition("=")[0] for argument in rest):
+        if name == "--config":
+            raise UsageError("--config is there twice. Give one recipe; its `base` may name another.")
         if name.startswith("--") and name not in options:
             raise UsageError(_suggest(f"there is no option {name}.", options, name))
     try:

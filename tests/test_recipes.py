@@ -316,6 +316,7 @@ def test_values_of_every_kind(tmp_path):
         (("--projector", '{"queries": 3}'), "num_queries"),
         (("--config", "nowhere.yaml"), "No such file"),
         (("--config",), "needs the path"),
+        (("--config", "base.yaml", "--config", "mine.yaml"), "--config is there twice"),
     ],
 )
 def test_what_makes_no_sense_is_a_usage_error(arguments, message):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -64,6 +65,9 @@ class EvaluationArguments:
             "input), or indices such as 0,5,-1."
         },
     )
+    prefix: str = field(
+        default="auto", metadata={"help": "Of --alignment: what both sides stand behind, as in pretraining."}
+    )
     comet: bool = field(default=False, metadata={"help": "Score translations by COMET too, in its own environment."})
     comet_install: bool = field(default=False, metadata={"help": "Make that environment first (about 5 GB)."})
     comet_python: str | None = field(default=None, metadata={"help": "Python of an environment that has COMET."})
@@ -104,7 +108,8 @@ class EvaluationArguments:
 
 def run_evaluation(settings: EvaluationArguments) -> dict[str, Any]:
     """Load, evaluate, and print a summary on the main process; returns the content of `metrics.json`."""
-    state = PartialState(cpu=settings.device == "cpu")
+    # The main process scores alone, and COMET on a CPU takes its time.
+    state = PartialState(cpu=settings.device == "cpu", timeout=timedelta(days=1))
     device = settings.device or state.device
     if settings.comet_install and state.is_main_process:
         create_environment()
@@ -147,6 +152,7 @@ def run_evaluation(settings: EvaluationArguments) -> dict[str, Any]:
         workers=settings.workers,
         text_abilities=settings.text_abilities,
         alignment=settings.alignment and (settings.alignment_layers or True),
+        prefix=settings.prefix,
         comet=comet,
         description={"sources": settings.data},
     )

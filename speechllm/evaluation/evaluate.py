@@ -11,15 +11,16 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
+from ..base_models_speechllm import CheckpointError
 from ..data.feature_cache import FeatureCache, fingerprint
-from ..data.prompts import filled, prompt_of
+from ..data.prompts import filled, prompt_of, shared_prefix
 from ..data.schema import Row, SetAside, with_ids
 from ..hub.training_summary import library_versions
 from ..modeling_speechllm import SpeechLLMForConditionalGeneration
@@ -28,7 +29,7 @@ from .generation import generate_answers
 from .layerwise import FEWEST, alignment_report, layer_indices
 from .metrics.comet import CometUnavailable, comet_score, find_environment
 from .page import strict_json, write_whole
-from .prediction_files import PredictionFiles
+from .prediction_files import PredictionFiles, input_key
 from .report import write_report
 from .scoring import (
     Baseline,
@@ -81,6 +82,7 @@ def evaluate_model(
     workers: int = 0,
     text_abilities: bool = False,
     alignment: bool | str | Sequence[int] = False,
+    prefix: str = "auto",
     comet: dict[str, Any] | None = None,
     description: dict[str, Any] | None = None,
     worst: int = 10,
@@ -98,7 +100,8 @@ def evaluate_model(
         seed: of the bootstrap and the paired test.
         normalisation: of recognition, see `metrics/normalisation.py`.
         error_alignment: of recognition, "levenshtein" or "sclite", see `metrics/error_rates.py`.
-        cluster: column whose rows with the same value are drawn together for intervals and tests, as `passage_id`.
+        cluster: column whose rows with the same value are drawn together for intervals and tests, as `passage_id`, in the
+            tasks that have it.
         baseline: another run's folder (or file of predictions) for paired tests of each task's metrics.
         strict: raise instead of setting rows aside, and where a reference is missing or an id is used twice.
         set_aside: what was set aside before, to be reported with the rest.
@@ -107,6 +110,7 @@ def evaluate_model(
         text_abilities: compare the LLM's answers to text with those of the base LLM.
         alignment: measure how speech and text meet at each layer, see `layerwise.py`; written to `alignment.html` too.
             `True`: at every fifth and the last; else the `layers` of `alignment_report`.
+        prefix: of the alignment, as in pretraining (`ContrastiveArguments.prefix`).
         comet: score translations by COMET too, with these options of `metrics.comet.comet_score`.
         description: of the data, for the report.
         worst: utterances of each task to show in the report.
@@ -117,8 +121,9 @@ def evaluate_model(
     Raises:
         EvaluationError: if nothing can be evaluated, the folder holds answers made otherwise, or the data has faults and
             `strict` is set.
-        CometUnavailable: if COMET is asked for and cannot run. (What else was asked for is written before, if it is only
-            found out at the end.)
+        CometUnavailable: if COMET is asked for and cannot run.
+        ValueError, CheckpointError: if alignment or text abilities cannot be measured.
+        (What else was asked for is written before, where any of this is only found out at the end.)
     """
     start, state, output = time.time(), PartialState(), Path(output)
     request = _request(rows, tasks, prompts or {}, oracle)
@@ -128,6 +133,8 @@ def evaluate_model(
     if not request.rows:
         first = request.set_aside[0].reason if request.set_aside else "there are no rows."
         raise EvaluationError(f"There is nothing to evaluate: {first}")
+    if cluster is not None:
+        _check_cluster(request.rows, cluster)
     others = read_baseline(baseline) if baseline else None  # all that could fail, before hours of work
     if comet is not None:
         find_environment(comet.get("python"))
@@ -136,6 +143,7 @@ def evaluate_model(
     if alignment:
         try:
             layer_indices(layers, len(model.model.llm_layers))
+            shared_prefix(prefix, processor)
         except ValueError as error:
             raise EvaluationError(f"Alignment: {error}") from None
         if len(pairs) < FEWEST:
@@ -155,7 +163,8 @@ def evaluate_model(
     if state.is_main_process:
         _claim(output, made_by)
     state.wait_for_everyone()
-    files = PredictionFiles(output, state.process_index)
+    inputs = {(row["id"], prompt_of(row)): input_key(row, oracle) for row in request.rows}
+    files = PredictionFiles(output, state.process_index, inputs)
     resumed = sum((row["id"], prompt_of(row)) in files.answers for row in request.rows)
     generate_answers(
         model,
@@ -173,16 +182,26 @@ def evaluate_model(
     if state.is_main_process:
         files.read()
         tasks_found = _score(request.rows, files, others, bootstrap=bootstrap, **scoring)
-        failure = None
+        failures: list[Exception | None] = []
+
+        def measured(measure: Callable[..., Any], *positional: Any, **options: Any) -> Any:
+            try:
+                return measure(*positional, **options)
+            except (ValueError, CheckpointError) as error:
+                failures.append(error)
+                return None
+
         if comet is not None:
-            failure = _add_comet(tasks_found, request.rows, files, others, {**comet, "bootstrap": bootstrap}, scoring)
+            options = {**comet, "bootstrap": bootstrap}
+            failures.append(_add_comet(tasks_found, request.rows, files, others, options, scoring))
+        at_layers = {"prefix": prefix, "batch_size": batch_size, "output": output, "frames": frames}
         metrics = {
             **made_by,
             "data": {**(description or {}), **_data_counts(request)},
             "scoring": {**scoring, "bootstrap": bootstrap, "baseline": str(baseline) if baseline else None},
             "tasks": tasks_found,
-            "alignment": alignment and alignment_report(model, processor, pairs, layers, output=output, frames=frames),
-            "text_abilities": text_abilities and compare_text_abilities(model, processor),
+            "alignment": alignment and measured(alignment_report, model, processor, pairs, layers, **at_layers),
+            "text_abilities": text_abilities and measured(compare_text_abilities, model, processor),
             "run": {
                 "seconds": round(time.time() - start, 1),
                 "answers_kept_from_before": resumed,
@@ -194,7 +213,7 @@ def evaluate_model(
         }
         _write(output, metrics, request, files, worst)
     state.wait_for_everyone()
-    if state.is_main_process and failure is not None:
+    for failure in filter(None, failures if state.is_main_process else ()):
         raise failure
     return json.loads((output / "metrics.json").read_text(encoding="utf-8"))
 
@@ -237,6 +256,19 @@ def _distinct_recordings(rows: list[Row]) -> list[Row]:
             audio = row["audio"]
             found.setdefault(str(audio) if isinstance(audio, str | os.PathLike) else id(audio), row)
     return list(found.values())
+
+
+def _check_cluster(rows: list[Row], cluster: str) -> None:
+    tasks: dict[str, list[bool]] = {}
+    for row in rows:
+        tasks.setdefault(task_of(row), []).append(row.get(cluster) is not None)
+    if not any(map(any, tasks.values())):
+        raise EvaluationError(f"cluster is {cluster!r}, but no row has such a column.")
+    if partly := [task for task, found in tasks.items() if any(found) and not all(found)]:
+        raise EvaluationError(
+            f"cluster is {cluster!r}, but {tasks[partly[0]].count(False)} row(s) of the task {partly[0]!r} have no such "
+            "column. Fill it, or leave cluster out."
+        )
 
 
 def _refuse_faults(request: Request) -> None:
@@ -388,6 +420,7 @@ def _write(output: Path, metrics: dict[str, Any], request: Request, files: Predi
                 "references": references_of(row),
                 "score": scores[task].get(row["id"]),
                 "ended": line["ended"],
+                "input": line.get("input"),
                 "audio": str(audio) if isinstance(audio, str | os.PathLike) else None,
                 **({"comet": comet[row["id"]]} if row["id"] in comet else {}),
             }

@@ -124,7 +124,9 @@ def generate_answers(
             for index, (text, ended) in zip(batch["rows"], answers, strict=True):
                 if index not in done:
                     row = rows[index]
-                    append({"id": row["id"], "prompt": prompt_of(row), "prediction": text, "ended": ended})
+                    key = row["id"], prompt_of(row)
+                    line = {"id": row["id"], "prompt": key[1], "prediction": text, "ended": ended}
+                    append({**line, "input": files.inputs.get(key)})
             progress.update(len(batch["rows"]) + len(batch["set_aside"]))
     state.wait_for_everyone()
 

@@ -2,13 +2,14 @@
 
 While a run goes on, process 0 appends to `predictions.jsonl` and process n to `predictions.<n>.jsonl`:
 
-    {"id", "prompt", "prediction", "ended"}      an answer; `ended`: by the model, not by the limit on tokens
-    {"id", "set_aside"}                          why the utterance could not be used
+    {"id", "prompt", "input", "prediction", "ended"}    an answer, to what; `ended`: by the model, not by the limit on tokens
+    {"id", "set_aside"}                                 why the utterance could not be used
 
 At the end they become one `predictions.jsonl` in the order of the data. A run that was killed leaves a torn last line at
 worst, which is cut off before anything is appended.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -17,6 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from ..data.schema import Row
 from .page import write_whole
 
 
@@ -29,10 +34,11 @@ class PredictionFiles:
     Args:
         folder: the run's output, on a disk that all processes share.
         process: index of this process.
+        inputs: (id, prompt) -> what the answer is to be made of, see `input_key`; answers to anything else do not count.
     """
 
-    def __init__(self, folder: Path, process: int = 0):
-        self.folder, self.process = folder, process
+    def __init__(self, folder: Path, process: int = 0, inputs: dict[tuple[str, str], str] | None = None):
+        self.folder, self.process, self.inputs = folder, process, inputs or {}
         self.answers: dict[tuple[str, str], dict[str, Any]] = {}  # (id, prompt) -> line
         self.unusable: dict[str, str] = {}  # id -> why
         self.read()
@@ -46,7 +52,9 @@ class PredictionFiles:
                 if "set_aside" in line:
                     self.unusable[line["id"]] = line["set_aside"]
                 elif "prediction" in line:
-                    self.answers[line["id"], line.get("prompt", "")] = line
+                    key = line["id"], line.get("prompt", "")
+                    if line.get("input") in (None, self.inputs.get(key, line.get("input"))):
+                        self.answers[key] = line
 
     @contextmanager
     def appending(self) -> Iterator[Callable[[dict[str, Any]], None]]:
@@ -71,6 +79,30 @@ class PredictionFiles:
         write_whole(self.folder / "predictions.jsonl", b"".join(map(_encoded, lines)))
         for path in self.folder.glob("predictions.*.jsonl"):
             path.unlink()
+
+
+def input_key(row: Row, oracle: bool) -> str:
+    """What tells a row's audio (with `oracle` its transcript) from another of the same id, without reading files: their
+    size and time of change."""
+    if oracle:
+        return hashlib.sha256(str(row.get("text")).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return hashlib.sha256(repr(_told_apart(row.get("audio"))).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _told_apart(audio: Any) -> Any:
+    if isinstance(audio, dict):
+        return [(name, _told_apart(value)) for name, value in sorted(audio.items()) if value is not None]
+    if isinstance(audio, list | tuple):
+        return [_told_apart(part) for part in audio]
+    if isinstance(audio, np.ndarray | torch.Tensor | bytes | bytearray | memoryview):
+        return hashlib.sha256(np.ascontiguousarray(audio).tobytes()).hexdigest()
+    if isinstance(audio, str | os.PathLike):
+        try:
+            found = os.stat(audio)
+        except (OSError, ValueError):
+            return os.fspath(audio)
+        return found.st_size, found.st_mtime_ns
+    return audio
 
 
 def read_lines(path: str | os.PathLike) -> list[dict[str, Any]]:

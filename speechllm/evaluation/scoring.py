@@ -59,7 +59,8 @@ def score_task(task: str, rows: list[Row], predictions: dict[str, str], **option
     groups = defaultdict(list)
     for row in rows:
         groups[str(row.get(GROUPS[task]) or "other")].append(row)
-    found = {"metrics": scored(rows)["metrics"]}
+    found = scored(rows)
+    del found["utterances"]  # which the caller counts
     if len(groups) > 1:
         found["groups"] = {name: scored(members) for name, members in sorted(groups.items())}
     return found
@@ -70,7 +71,10 @@ def utterance_scores(
 ) -> dict[str, float]:
     """Id -> the utterance's own `UTTERANCE_METRIC`; without those that have none (a reference without a word)."""
     options = {"normalisation": normalisation} if normalisation else {}
-    values = scores_of(task, rows, predictions, UTTERANCE_METRIC[task][0], **options)
+    try:
+        values = scores_of(task, rows, predictions, UTTERANCE_METRIC[task][0], **options)
+    except ScoringError:  # no reference has a word
+        return {}
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 

@@ -25,13 +25,13 @@ SAMPLES = {  # recordings that the Hub's own documentation uses in widgets
 }
 # metric of ours -> (the Hub's task, its metric, name for people, factor)
 METRICS = {
-    "wer": ("automatic-speech-recognition", "wer", "WER (%)", 100),
-    "cer": ("automatic-speech-recognition", "cer", "CER (%)", 100),
-    "bleu": ("translation", "bleu", "BLEU", 1),
-    "chrf": ("translation", "chrf", "chrF", 1),
-    "comet": ("translation", "comet", "COMET", 1),
-    "exact_match": ("question-answering", "exact_match", "Exact match (%)", 100),
-    "f1": ("question-answering", "f1", "F1 (%)", 100),
+    "asr_wer": ("automatic-speech-recognition", "wer", "WER (%)", 100),
+    "asr_cer": ("automatic-speech-recognition", "cer", "CER (%)", 100),
+    "st_bleu": ("translation", "bleu", "BLEU", 1),
+    "st_chrf++": ("translation", "chrf", "chrF++", 1),
+    "sqa_exact_match": ("question-answering", "exact_match", "Exact match (%)", 1),
+    "sqa_f1": ("question-answering", "f1", "F1 (%)", 1),
+    "traits_accuracy": ("audio-classification", "accuracy", "Accuracy (%)", 100),
     "recall@1_mean": ("audio-text-to-text", "recall", "Recall@1 of transcripts, mean over layers (%)", 100),
 }
 

@@ -8,7 +8,7 @@ from ..recipes import UsageError
 from .data import prepare_fine_tuning, prepare_languages, prepare_pretraining, prepare_probing
 from .plan import Cell, Scale, plan
 from .report import Report
-from .run import Runner
+from .run import Runner, read_result
 from .scales import SCALES
 from .studies import scale_of
 
@@ -54,6 +54,11 @@ def reproduce(
         cells = [cell for cell in cells if cell.stage == stage]
     if scale.prepared and not report_only:
         _prepare(scale, cells, study)
+    if report_only and not any(read_result(cell, output) for cell in cells):
+        raise UsageError(
+            f"{output} holds no result of these rows as they are set here, with the data as it is here. Run them first, or "
+            "where their data is."
+        )
     output.mkdir(parents=True, exist_ok=True)
     options = {"study": [study] * (study is not None), "rows": rows, "seeds": [seeds] * (seeds is not None),
                "fractions": fractions, "stage": [stage] * (stage is not None)}  # fmt: skip

@@ -114,8 +114,12 @@ class Cell:
 _digests: dict[tuple[str, int, int], str] = {}
 
 
-def digest(manifest: str) -> str:
-    """Hash of a manifest's content; its name where there is no such file (a data set of the Hub)."""
+def digest(manifest: str | dict[str, Any] | list) -> str | list[str]:
+    """Hash of a manifest's content; its name where there is no such file (a data set of the Hub). Of several, each."""
+    if isinstance(manifest, list):
+        return [digest(one) for one in manifest]
+    if isinstance(manifest, dict):
+        return json.dumps(manifest, sort_keys=True)
     path = Path(manifest)
     if not path.is_file():
         return manifest

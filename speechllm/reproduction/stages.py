@@ -79,7 +79,7 @@ def _trained(trainer: SpeechLLMTrainer, max_steps: int | None) -> dict[str, Any]
     return {
         **cost.measured,
         "steps": trainer.state.global_step,
-        "llm_tokens": trainer.llm_tokens,
+        "llm_tokens": trainer.llm_tokens if max_steps != 0 else 0,  # what was to be learned from may be cached already
         "train_rows": len(trainer.train_rows),
         "trainable_parameters": sum(p.numel() for p in trainer.speechllm.parameters() if p.requires_grad),
         "set_aside": len(trainer.set_aside),
@@ -164,9 +164,9 @@ def predict(trainer: FineTuningTrainer) -> list[dict[str, Any]]:
     answers: dict[str, str] = {}
     longest = trainer.args.max_new_tokens
     for task in dict.fromkeys(row.get("task", "asr") for row in trainer.eval_rows):
-        rows = [row for row in trainer.eval_rows if row.get("task", "asr") == task]
+        rows = [row for row in trainer.eval_rows if row.get("task", "asr") == task and row["id"] in losses]
         # Greedy answers stop at the end of turn; what rambles on need not do so beyond twice the longest right answer.
-        tokens = max(losses[row["id"]][1] for row in rows)
+        tokens = max((losses[row["id"]][1] for row in rows), default=longest)
         trainer.args.max_new_tokens = min(longest, 2 * tokens)
         answers |= trainer.answers(rows)
     trainer.args.max_new_tokens = longest

@@ -29,7 +29,8 @@ class Study:
     rows: of the scale, with the scale's seeds.
     variants: with one seed; so are the rows they are compared with, `rows`, where `seeds` is 1.
     fractions: on which `rows` are fine-tuned.
-    made_data: it needs data that the command makes, see `Scale.prepared`.
+    at_paper: it can be run at the paper's scale. Some need data that the command makes for the others; some would compare
+        what the paper's settings make the same.
     """
 
     question: str
@@ -38,7 +39,7 @@ class Study:
     fractions: tuple[int, ...] = (100,)
     seeds: int = 1
     probed: bool = False
-    made_data: bool = False
+    at_paper: bool = True
 
 
 def _at_layers(name: str, layers: str) -> Variant:
@@ -78,13 +79,14 @@ STUDIES = {
             Variant("contr-wasser-all-equal-steps", "contr-cos-all", {"similarity": "wasserstein"}),
             Variant("transport-cost-equal-steps", "contr-cos-all", {"similarity": "transport_cost"}),
         ),
+        at_paper=False,
     ),
     "traits": Study(
         "What of the voice can be told from the states, at which layer, after which pretraining?",
         ("none", "asr-pretraining", "contr-cos-emb", "contr-cos-all", "contr-wasser-all"),
         fractions=(),
         probed=True,
-        made_data=True,
+        at_paper=False,
     ),
     "languages": Study(
         "Speech in other languages, aligned with its own transcript or with the English text?",
@@ -94,7 +96,7 @@ STUDIES = {
                 "train_data": str(manifest), "eval_data": str(languages_test(manifest))}, fractions=())
             for manifest in (LANGUAGES_OWN, LANGUAGES_ENGLISH)
         ),
-        made_data=True,
+        at_paper=False,
     ),
     "curve": Study(
         "How much fine-tuning data does it take?",
@@ -108,7 +110,7 @@ STUDIES = {
             Variant("joint", "contr-cos-all-asr", {"train_data": "fine-tuning"}, fractions=(0, 100)),
             Variant("contr-cos-all-projector-alone", "contr-cos-all", fine_tuning={"lora_rank": 0}),
         ),
-        made_data=True,
+        at_paper=False,
     ),
     "lora": Study(
         "What does LoRA on the LLM add to the projector alone, as the paper trains it?",
@@ -117,6 +119,7 @@ STUDIES = {
             Variant("none-projector-alone", "none", fine_tuning={"lora_rank": 0}),
             Variant("contr-cos-all-projector-alone", "contr-cos-all", fine_tuning={"lora_rank": 0}),
         ),
+        at_paper=False,
     ),
 }  # fmt: skip
 
@@ -130,8 +133,8 @@ def scale_of(scale: Scale, name: str) -> Scale:
     if name not in STUDIES:
         raise UsageError(f"--study: there is no {name!r}. Choose from {', '.join(STUDIES)}.")
     study = STUDIES[name]
-    if study.made_data and not scale.prepared:
-        raise UsageError(f"--study {name} needs data that are made for the scales tiny and small. Choose one of these.")
+    if not study.at_paper and scale.name == "paper":
+        raise UsageError(f"--study {name} is for the scales tiny and small. Choose one of these.")
     known = {row.name: row for row in scale.rows}
     rows = [
         replace(known[row], seeds=study.seeds, fractions=study.fractions, probed=study.probed) for row in study.rows

@@ -112,7 +112,7 @@ def _pretraining(results: Results) -> Table:
     table = Table(
         "Pretrained: held-out retrieval",
         [*header, *(f"layer {layer}" for layer in layers)],
-        "Per cent of transcripts whose utterance is the nearest of all, by the cosine of mean states (and, for rows trained "
+        "Per cent of utterances whose transcript is the nearest of all, by the cosine of mean states (and, for rows trained "
         "with another similarity, by that one).",
     )
     for name, row in results["rows"].items():

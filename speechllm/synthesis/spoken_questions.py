@@ -9,7 +9,7 @@ and the passages spoken.
    the form of an answer*, which fine-tuning teaches; without examples and fine-tuning it scores far lower.
 3. The passages of kept questions are spoken, each in one voice, drawn by seed.
 
-The second step costs one short generation per question (see `docs/synthesis.md` for figures), so sets are made once and
+The second step costs one short generation per question, so sets are made once and
 kept in the cache, with the LLM's answers in `answers.jsonl`.
 """
 

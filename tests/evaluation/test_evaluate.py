@@ -149,6 +149,54 @@ def test_answers_of_another_model_or_setting_are_not_mixed_in(model, processor, 
     assert after["utterance 1"] == before["utterance 1"]
 
 
+def test_another_recording_of_the_same_id_is_answered_anew(model, processor, tmp_path):
+    rows = tiny_rows(3)
+    soundfile.write(tmp_path / "0.wav", rows[0]["audio"], 16_000)
+    rows[0]["audio"] = str(tmp_path / "0.wav")
+    metrics = run(model, processor, rows, tmp_path / "out")
+    first = predictions_in(tmp_path / "out")
+    soundfile.write(tmp_path / "0.wav", tone(0.9, seed=7), 16_000)
+    rows[1]["audio"] = tone(0.9, seed=8)
+    metrics = run(model, processor, rows, tmp_path / "out")
+    assert metrics["run"]["answers_kept_from_before"] == 1
+    again = predictions_in(tmp_path / "out")
+    assert first["utterance 2"] == again["utterance 2"]
+    for i in range(2):
+        expected = run(model, processor, [rows[i]], tmp_path / f"alone {i}")
+        assert expected and again[f"utterance {i}"] == predictions_in(tmp_path / f"alone {i}")[f"utterance {i}"]
+        assert first[f"utterance {i}"]["input"] != again[f"utterance {i}"]["input"]
+    rows[0]["audio"] = tone(0.3) * 0  # its earlier answer does not stand in for what cannot be heard
+    assert run(model, processor, rows, tmp_path / "out")["tasks"]["asr"]["answered"] == 2
+
+
+def test_clusters_must_be_there(model, processor, tmp_path):
+    rows = task_rows()
+    with pytest.raises(EvaluationError, match="'passageid', but no row has"):
+        run(model, processor, rows, tmp_path, cluster="passageid")
+    rows[2]["passage_id"] = "a"
+    with pytest.raises(EvaluationError, match="1 row.s. of the task 'sqa' have no such column"):
+        run(model, processor, rows, tmp_path, cluster="passage_id")
+    rows[6]["passage_id"] = "a"
+    assert run(model, processor, rows, tmp_path, cluster="passage_id")["tasks"]["sqa"]["scored"] == 2
+
+
+def test_what_fails_at_the_end_does_not_cost_the_rest(model, processor, tmp_path, monkeypatch):
+    rows = task_rows()
+    for row in rows:
+        if row["task"] == "asr":
+            row["text"] = row["target"] = "..."  # no word to be scored by
+
+    def fails(*args, **kwargs):
+        raise ValueError("the states are not finite")
+
+    monkeypatch.setattr(module, "alignment_report", fails)
+    with pytest.raises(ValueError, match="not finite"):
+        run(model, processor, rows, tmp_path, alignment=True)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["alignment"] is None and metrics["tasks"]["sqa"]["metrics"]["f1"] >= 0
+    assert metrics["tasks"]["asr"]["metrics"] == {} and "word" in metrics["tasks"]["asr"]["reason"]
+
+
 def test_bad_rows_are_counted_and_the_rest_is_evaluated(model, processor, tmp_path):
     rows = task_rows()
     soundfile.write(tmp_path / "broken.wav", tone(0.3), 16_000)

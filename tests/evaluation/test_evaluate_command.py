@@ -84,6 +84,8 @@ def test_alignment_is_measured_at_the_layers_asked_for(folder, tmp_path, capsys)
         measured = json.loads((tmp_path / "out" / "metrics.json").read_text())["alignment"]["layers"]
         assert list(measured) == names
         assert f"hidden state(s) {', '.join(names)} of the LLM" in (tmp_path / "out" / "alignment.html").read_text()
+    assert main(command(folder, tmp_path / "out", "--alignment", "--prefix", "Hear:")) == 0
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["alignment"]["prefix"] == "Hear:"
     assert main(command(folder, tmp_path / "other", "--alignment", "--alignment_layers", "99")) == 1
     error = capsys.readouterr().err
     assert "Alignment: layers is '99'; use 'emb', 'all', or indices" in error

@@ -17,6 +17,7 @@ from tiny_training import contrastive, tiny_rows
 from trained_checkpoints import new_model
 
 import speechllm
+from speechllm.evaluation.scoring import training_metrics
 from speechllm.hub.card import METRICS, eval_results
 from speechllm.hub.publishing import prepare_folder
 from speechllm.hub.training_summary import read_summary
@@ -63,11 +64,18 @@ def test_the_results_are_a_model_index(published, adapted):
     }
 
 
-def test_every_metric_has_the_hubs_terms(published):
-    stage = {"data": [], "results": dict.fromkeys(METRICS, 0.5)}
-    index = eval_results_to_model_index("x", eval_results(stage))
-    metrics = [metric for result in index[0]["results"] for metric in result["metrics"]]
-    assert len(metrics) == len(METRICS) and all(m["type"] and m["name"] and m["value"] in (0.5, 50.0) for m in metrics)
+def test_what_trainers_measure_has_the_hubs_terms():
+    rows = [
+        {"id": "a", "task": "asr", "text": "one two", "target": "one two"},
+        {"id": "b", "task": "st", "target": "ein Haus steht am Rand der Stadt", "target_language": "German"},
+        {"id": "c", "task": "sqa", "answers": ["an apple"], "target": "an apple"},
+        {"id": "d", "task": "traits", "trait": "gender", "target": "male", "choices": ["female", "male"]},
+    ]
+    results = training_metrics(rows, {row["id"]: row["target"] for row in rows}) | {"recall@1_mean": 1.0}
+    index = eval_results_to_model_index("x", eval_results({"data": [], "results": results}))
+    found = {metric["name"]: metric["value"] for result in index[0]["results"] for metric in result["metrics"]}
+    assert len(found) == len(METRICS)
+    assert {name: 0.0 if name[:3] in ("WER", "CER") else 100.0 for name in found} == pytest.approx(found)
 
 
 def test_the_card_tells_what_both_stages_saw(published, adapted):

@@ -14,7 +14,7 @@ from tiny_training import save_base_models, tiny_rows
 from speechllm.recipes import UsageError, parse_settings
 from speechllm.reproduction.claims import claims_of
 from speechllm.reproduction.command import publish_report, reproduce
-from speechllm.reproduction.plan import Row, Scale, plan
+from speechllm.reproduction.plan import Row, Scale, digest, plan
 from speechllm.reproduction.report import Report
 from speechllm.reproduction.run import Runner, read_result
 from speechllm.reproduction.scales import SCALES
@@ -269,6 +269,35 @@ def test_missing_data_fails_one_cell_and_says_so(world, tmp_path):
     assert "there is no such manifest" in (tmp_path / cells[1].name / "error.txt").read_text()
 
 
+def test_a_recording_that_breaks_does_not_cost_the_cell(world, tmp_path):
+    """Without a cache, it is found out when the trained model is tested."""
+    lines = [json.loads(line) for line in (world / "test.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["audio"] = str(world / line["audio"])
+    (tmp_path / "broken.wav").write_bytes(Path(lines[0]["audio"]).read_bytes()[:60])
+    lines[0]["audio"] = str(tmp_path / "broken.wav")
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    scale = replace(SCALE, fine_tuning={"eval_data": str(tmp_path / "test.jsonl"), "feature_cache": None})
+    cells = cells_of(world, ["none"], fractions=(0,), scale=scale)
+    assert Runner(cells, tmp_path).run()
+    assert read_result(cells[1], tmp_path)["test_rows"] == 7
+
+
+def test_a_cell_depends_on_each_of_its_manifests(world, tmp_path):
+    one, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    one.write_text("a"), other.write_text("b")
+    before = digest([str(one), str(other), {"data": "hub:o/n", "weight": 2}])
+    other.write_text("c")
+    after = digest([str(one), str(other), {"data": "hub:o/n", "weight": 2}])
+    assert before[0] == after[0] and before[1] != after[1] and before[2] == after[2]
+
+
+def test_a_report_of_nothing_is_not_published(tmp_path):
+    with pytest.raises(UsageError, match="holds no result of these rows"):
+        reproduce("tiny", tmp_path, report_only=True, publish=tmp_path / "published", recipes=RECIPES)
+    assert not (tmp_path / "published").exists()
+
+
 def test_no_fine_tuning_at_all(world, tmp_path):
     """0%: tested straight after pretraining."""
     cells = cells_of(world, ["none"], fractions=(0,))
@@ -325,12 +354,13 @@ def test_scales_can_be_planned(name):
 @pytest.mark.parametrize("name", STUDIES)
 @pytest.mark.parametrize("scale", SCALES)
 def test_studies_can_be_planned(scale, name, tmp_path):
-    if STUDIES[name].made_data and not SCALES[scale].prepared:
+    if scale == "paper" and not STUDIES[name].at_paper:
         with pytest.raises(UsageError, match="tiny and small"):
             scale_of(SCALES[scale], name)
         return
     study = scale_of(SCALES[scale], name)
     cells = plan(study, RECIPES)
+    assert len({cell.hash for cell in cells}) == len(cells)  # nothing is compared with itself
     assert {cell.row for cell in cells} >= {*STUDIES[name].rows, *(v.name for v in STUDIES[name].variants)} - {
         variant.name for variant in STUDIES[name].variants if variant.fine_tuning is not None
     }
