@@ -205,15 +205,15 @@ class SpeechCollator:
 
 
 def approximate_length(row: Row) -> float:
-    """For sorting: the row's duration in seconds where it is known, else the size of its audio, else of its text."""
+    """For sorting: the row's duration in seconds where it is known, else the size of its audio."""
     if row.get("duration"):
         return float(row["duration"])
     audio = row["audio"]
+    if isinstance(audio, dict):
+        audio = next((audio[name] for name in ("array", "bytes", "path") if audio.get(name) is not None), "")
     if isinstance(audio, str | os.PathLike):
         try:
             return float(os.path.getsize(audio))
         except OSError:
             return 0.0
-    if isinstance(audio, dict):
-        audio = next((audio[name] for name in ("array", "bytes") if audio.get(name) is not None), "")
     return float(len(audio)) if hasattr(audio, "__len__") else 0.0

@@ -234,6 +234,10 @@ def filled(row: Row, wording: str | None, language: str = "en") -> str:
         return wording.format(**values)
     except KeyError as error:
         raise ValueError(f"{name}: task {task!r} needs the column {error}.") from None
+    except (IndexError, ValueError) as error:
+        raise ValueError(
+            f"{name}: the prompt {wording!r} has braces that name no column ({error}). Double those that are meant as such."
+        ) from None
 
 
 def chat_of(row: Row, with_answer: bool = True) -> list[dict]:

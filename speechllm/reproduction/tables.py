@@ -228,7 +228,7 @@ def _comparisons(claim: Mapping[str, Any]) -> list[Table]:
         if not verdict["comparisons"]:
             continue
         table = Table(
-            f"{claim['name']}, {title}: {verdict['verdict']}".capitalize(),
+            f"{claim['name'][0].upper()}{claim['name'][1:]}, {title}: {verdict['verdict']}",
             ["comparison", "improvement", "95% interval", "each seed", "adjusted p", ""],
             level=3,
         )

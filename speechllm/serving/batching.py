@@ -173,7 +173,7 @@ class Batcher:
             add_special_tokens=False,  # the chat template wrote them
             return_tensors="pt",
         ).to(self.model.device)
-        watcher = _RowWatcher(batch, inputs["input_ids"].shape[1], self.processor.tokenizer, self._end_tokens())
+        watcher = _RowWatcher(batch, self.processor.tokenizer, self._end_tokens())
         seed = batch[0].sampling.seed
         with torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
@@ -194,9 +194,8 @@ class Batcher:
 class _RowWatcher(StoppingCriteria):
     """Called by `generate` after each token: passes on what is new in each row, and says which rows are done."""
 
-    def __init__(self, jobs: list[Job], prompt_length: int, tokenizer, end_tokens: set[int]):
+    def __init__(self, jobs: list[Job], tokenizer, end_tokens: set[int]):
         self.jobs, self.tokenizer, self.end_tokens = jobs, tokenizer, end_tokens
-        self.prompt_length = prompt_length
         self.ids: list[list[int]] = [[] for _ in jobs]
 
     def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:

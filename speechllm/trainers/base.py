@@ -320,7 +320,7 @@ class SpeechLLMTrainer(PushingTrainer):
         for line in counted(found.values()):
             logger.warning("%s", line)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
         self._positions = {}
         self._padding.zero_()
         if self.stream is not None and resume_from_checkpoint:
@@ -328,7 +328,7 @@ class SpeechLLMTrainer(PushingTrainer):
                 resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
             if resume_from_checkpoint is not True:  # of which `Trainer` says that there is no checkpoint
                 self._load_positions(resume_from_checkpoint)
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        output = super().train(resume_from_checkpoint, **kwargs)
         self.write_set_aside()
         return output
 

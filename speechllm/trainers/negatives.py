@@ -15,7 +15,8 @@ never a near-duplicate (`data/splits.py`) of the utterance's own text, and, when
 more similar to the own text's than a threshold. (That similarity is the cosine after the mean of all texts is taken off:
 plain cosines of an LLM's states are all close to 1.)
 
-All choices follow from seed, step and the batch, so they do not depend on the number of processes, and resume exactly.
+All choices follow from seed, step and the batch (with `gather_negatives`, of all processes together, so that they do not
+depend on how many these are), and resume exactly.
 Memory: texts x width float32 on the device for mining, and utterances x width float16 on the CPU.
 """
 

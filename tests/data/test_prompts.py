@@ -90,3 +90,9 @@ def test_a_transcript_never_stands_in_for_another_answer(task):
     values = {"target_language": "de", "question": "Why?", "trait": "rate", "choices": ["slow", "fast"]}
     with pytest.raises(ValueError, match="neither"):
         chat_of(row(task=task, **values))
+
+
+@pytest.mark.parametrize("prompt", ["As JSON: {}", "As JSON: {0}", "As JSON: {"])
+def test_braces_that_name_no_column(prompt):
+    with pytest.raises(ValueError, match="a: the prompt .* has braces that name no column .*Double those"):
+        filled({"id": "a", "task": "asr"}, prompt)
