@@ -86,8 +86,6 @@ def parse_settings(
                 raise UsageError(_suggest(f"--config {file}: there is no setting `{name}`.", known, name))
     options = [option for action in parser._actions for option in action.option_strings]
     for name in (argument.partition("=")[0] for argument in rest):
-        if name == "--config":
-            raise UsageError("--config is there twice. Give one recipe; its `base` may name another.")
         if name.startswith("--") and name not in options:
             raise UsageError(_suggest(f"there is no option {name}.", options, name))
     try:
@@ -101,6 +99,8 @@ def parse_settings(
 
 
 def _split_config(arguments: list[str]) -> tuple[str | None, list[str]]:
+    if sum(argument.partition("=")[0] == "--config" for argument in arguments) > 1:
+        raise UsageError("--config is there twice. Give one recipe; its `base` may name another.")
     for i, argument in enumerate(arguments):
         if argument.startswith("--config="):
             return argument.partition("=")[2], arguments[:i] + arguments[i + 1 :]
