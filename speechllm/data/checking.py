@@ -111,13 +111,13 @@ def check_rows(rows: Iterable[Row | SetAside], name: str, strict: bool = False, 
 
 
 def with_target(row: Row) -> Row:
-    """The row with a list of `answers`, for which a text or SQuAD's dictionary may stand, and the first as `target`."""
+    """The row with a list of `answers`, for which one answer or SQuAD's dictionary may stand, and the first as `target`."""
     answers = row.get("answers")
     if isinstance(answers, dict):
         answers = answers.get("text")
     if answers is None:
         return row
-    row = {**row, "answers": [answers] if isinstance(answers, str) else list(answers)}
+    row = {**row, "answers": [str(answers)] if isinstance(answers, str | int | float) else list(answers)}
     return {**row, "target": row["answers"][0]} if row["answers"] and not row.get("target") else row
 
 

@@ -335,6 +335,7 @@ def test_answers_of_every_form_have_a_target():
         found = with_target({"answers": answers})
         assert found["target"] == "Paris" and isinstance(found["answers"], list)
     assert with_target({"answers": ["a"], "target": "b"})["target"] == "b"
+    assert with_target({"answers": 5}) == {"answers": ["5"], "target": "5"}
     assert with_target({"text": "a"}) == {"text": "a"}
 
 
