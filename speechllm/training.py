@@ -180,6 +180,11 @@ class DataArguments:
         parts = [self._loaded(spec, **limits) for spec in specs]
         if self.held_out and not self.eval_data:
             together = [row for part in parts for row in part]
+            if silent := [row["id"] for row in together if not row.get("text")]:
+                raise UsageError(
+                    f"--held_out compares transcripts, and {len(silent):,} of {len(together):,} rows have no `text` (the "
+                    f"first: {silent[0]}). Give held-out rows as --eval_data, or transcripts."
+                )
             train, held_out = split_by_cluster(together, test_texts=self.held_out, seed=0)
             kept = {id(row) for row in train}
             parts = [[row for row in part if id(row) in kept] for part in parts]

@@ -27,6 +27,7 @@ from .schema import ManifestError, Row, SetAside, audio_paths, with_ids
 
 THREADS = 8  # that read headers and decode audio; soundfile does both outside of Python's lock
 EXAMPLES = 1  # that a report shows of each cause
+TEXTS = ("text", "target", "question", "prompt")  # columns
 
 
 @dataclass
@@ -111,7 +112,9 @@ def check_rows(rows: Iterable[Row | SetAside], name: str, strict: bool = False, 
 
 
 def with_target(row: Row) -> Row:
-    """The row with a list of `answers`, for which one answer or SQuAD's dictionary may stand, and the first as `target`."""
+    """The row with a list of `answers`, for which one answer or SQuAD's dictionary may stand, and the first as `target`.
+    Numbers stand for texts too: JSON has 42 where a transcript or an answer is "42"."""
+    row = {**row, **{name: str(row[name]) for name in TEXTS if type(row.get(name)) in (int, float)}}
     answers = row.get("answers")
     if isinstance(answers, dict):
         answers = answers.get("text")
@@ -138,6 +141,9 @@ def problem(row: Row, name: str, known: dict[str, str | None], answers: bool = T
             known[path] = _file_problem(path)
         if known[path]:
             return SetAside(name, f"{name}: {path} {known[path]}", f"audio file {known[path].partition('.')[0]}")
+    if other := next((column for column in TEXTS if not isinstance(row.get(column), str | None)), None):
+        reason = f"{name}: `{other}` is a {type(row[other]).__name__}. Write it as a text."
+        return SetAside(name, reason, "malformed row")
     task = row.get("task") or "asr"
     if answers and task == "asr" and not _filled(row.get("target")) and not _filled(row.get("text")):
         return SetAside(name, f"{name} has an empty transcript. Write what is said, or remove it.", "empty transcript")

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,19 @@ class FeatureCache:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def __contains__(self, key: str) -> bool:
-        return self._path(key).is_file()
+        """Whether the item is there and its file is whole (its header is read, and its size compared)."""
+        return self._read(key, lambda file: True) or False
 
     def get(self, key: str) -> dict[str, torch.Tensor] | None:
         """The tensors of an item, or `None` if they are not there (or were damaged)."""
+        return self._read(key, lambda file: {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+
+    def _read(self, key: str, what: Callable[[Any], Any]) -> Any:
+        """What is read from the item's open file; `None` if there is none, or a damaged one, which is removed."""
         path = self._path(key)
         try:
             with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                return what(file)
         except FileNotFoundError:
             return None
         except SafetensorError as error:

@@ -26,7 +26,8 @@ from transformers import AutoModelForCTC, AutoProcessor, Wav2Vec2CTCTokenizer
 from ..audio_speechllm import AudioError, load_audio
 from ..base_models_speechllm import explained
 from ..configuration_speechllm import SAMPLING_RATE
-from .schema import ManifestError, Row, SetAside, load_rows, located_audio
+from .manifests import written_audio
+from .schema import ManifestError, Row, SetAside, load_rows
 
 
 logger = logging.getLogger(__name__)
@@ -202,7 +203,7 @@ def align_manifest(data: str, output: str, ctc_model: str | None = None, device:
     with open(partial, "a", encoding="utf-8") as file:
         for row in tqdm(rows[len(done) :], desc="Aligning", unit="utt"):
             try:
-                result = _portable(aligned_row(row, aligner), target.parent)
+                result = _portable(aligned_row(row, aligner), target)
             except (AudioError, AlignmentError) as error:
                 logger.warning("Set aside: %s", error)
                 result = {"set_aside": {"id": row["id"], "reason": str(error)}}
@@ -246,11 +247,11 @@ def _write_lines(path: Path, rows: list[Row]) -> None:
     temporary.replace(path)
 
 
-def _portable(row: Row, folder: Path) -> Row:
-    """The row as a manifest in `folder` has it: audio inside the folder by its relative path, all else by its absolute."""
-    if isinstance(row["audio"], dict):  # a segment
-        return {**row, "audio": located_audio(row["audio"], os.getcwd())}
-    audio, folder = Path(row["audio"]).resolve(), folder.resolve()
+def _portable(row: Row, output: Path) -> Row:
+    """The row as the manifest `output` has it: audio in its folder by the relative path, all else by the absolute one."""
+    if isinstance(row["audio"], dict):  # a segment, or the file's own bytes
+        return {**row, "audio": written_audio(row["audio"], row["id"], output)}
+    audio, folder = Path(row["audio"]).resolve(), output.parent.resolve()
     inside = audio.is_relative_to(folder)
     named = {} if row["id"] == row["audio"] else {"id": row["id"]}
     rest = {name: value for name, value in row.items() if name != "id"}

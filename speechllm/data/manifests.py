@@ -41,15 +41,19 @@ def write_sources(specs: Sequence[Spec], output: str | None, strict: bool = Fals
 
 
 def _portable(row: Row, output: Path) -> Row:
-    return {**row, "audio": _written(row["audio"], row["id"], output)}
+    return {**row, "audio": written_audio(row["audio"], row["id"], output)}
 
 
-def _written(audio: Any, name: str, output: Path) -> Any:
-    """The audio with absolute paths; bytes as a file."""
+def written_audio(audio: Any, name: str, output: Path) -> Any:
+    """The audio of row `name` as a manifest at `output` can hold it: with absolute paths, and bytes as a file.
+
+    Raises:
+        ManifestError: if it is in memory in another form.
+    """
     if isinstance(audio, str | os.PathLike):
         return os.path.abspath(audio)
     if isinstance(audio, dict) and audio.get("parts"):
-        return {"parts": [_written(part, name, output) for part in audio["parts"]]}
+        return {"parts": [written_audio(part, name, output) for part in audio["parts"]]}
     if isinstance(audio, dict) and audio.get("bytes"):
         ending = Path(audio.get("path") or "").suffix or ".wav"  # the content decides what it is read as
         path = output.with_suffix(".audio") / f"{hashlib.sha256(audio['bytes']).hexdigest()[:24]}{ending}"

@@ -18,6 +18,8 @@ import traceback
 from collections import defaultdict
 from collections.abc import Callable, Collection
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib.metadata import version
 from multiprocessing import get_context, parent_process
@@ -73,7 +75,8 @@ class Runner:
         missing = [cell for cell in self.cells if read_result(cell, self.output) is None]
         self.say(f"{len(self.cells)} cells, {len(self.cells) - len(missing)} of them there already")
         waiting, running = list(missing), {}
-        with executor(self.jobs) as workers:
+        with ExitStack() as stack:
+            workers = stack.enter_context(executor(self.jobs))
             while waiting or running:
                 while len(running) < self.jobs and (cell := self._next(waiting, running.values())):
                     waiting.remove(cell)
@@ -88,7 +91,13 @@ class Runner:
                     folder = self.output / cell.name
                     shutil.rmtree(folder, ignore_errors=True)  # of other settings, or of a run that was cut off
                     folder.mkdir(parents=True)
-                    running[workers.submit(_timed, self.run_cell, cell, self.output)] = cell
+                    task = (_timed, self.run_cell, cell, self.output)
+                    try:
+                        future = workers.submit(*task)
+                    except BrokenProcessPool:  # by a process that was killed; its cells have failed
+                        workers = stack.enter_context(executor(self.jobs))
+                        future = workers.submit(*task)
+                    running[future] = cell
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     self._finish(running.pop(future), future)
                     self.report()
@@ -108,6 +117,8 @@ class Runner:
         folder = self.output / cell.name
         if (error := future.exception()) is not None:  # of any kind: the other cells go on
             message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if isinstance(error, BrokenProcessPool):  # which does not say whose process it was
+                message = "a process was killed, perhaps for want of memory; run again, with fewer --jobs"
             self.failed[cell.name] = message
             (folder / ERROR).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
             self.say(f"failed: {message} (see {folder / ERROR})")

@@ -75,7 +75,11 @@ def run(arguments: list[str], description: str) -> None:
     )
     parser.add_argument("--workers", type=int, help="engines at once (default: one per core)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
-    parser.add_argument("--strict", action="store_true", help="stop at the first text that cannot be spoken")
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="stop at the first text that cannot be spoken (--questions and --traits always do)",
+    )
     options = parser.parse_args(arguments)
     counts = [options.wordnet, options.workers, options.takes, *(options.questions or []), *(options.traits or [])]
     if any(count is not None and count < 1 for count in counts):
@@ -156,10 +160,10 @@ def _ready_made(options: argparse.Namespace) -> None:
             raise UsageError(f"--{name} does not go with --questions or --traits, whose conditions are fixed.")
     voices = parse_voices(options.voices) if options.voices else None
     if options.questions:
-        splits = spoken_question_answering(*options.questions, voices, seed=options.seed)
+        splits = spoken_question_answering(*options.questions, voices, seed=options.seed, workers=options.workers)
     else:
         rates = {"rates": options.rates} if options.rates else {}
-        splits = spoken_traits(*options.traits, voices, seed=options.seed, **rates)
+        splits = spoken_traits(*options.traits, voices, seed=options.seed, workers=options.workers, **rates)
         splits = {name: trait_rows(rows) for name, rows in splits.items()}
     for name, rows in splits.items():
         path = Path(options.output) / f"{name}.jsonl"

@@ -67,6 +67,7 @@ def spoken_question_answering(
     llm: str | os.PathLike | None = None,
     *,
     seed: int = 0,
+    workers: int | None = None,
     progress: bool = True,
 ) -> dict[str, list[Row]]:
     """The data set, made at the first call and kept in the cache; a call that was interrupted is gone on with.
@@ -76,6 +77,7 @@ def spoken_question_answering(
         voices: of which each passage is spoken in one; default: a woman's and a man's of flite.
         llm: folder or Hub id of the LLM; default: SmolLM2-135M-Instruct.
         seed: of passages and voices.
+        workers: engines that run at once; default: one per core.
         progress: show bars.
 
     Returns:
@@ -95,9 +97,9 @@ def spoken_question_answering(
     def build(folder: Path) -> None:
         answerer = Answerer(model)
         passages, rows = _answerable(test, "test", seed, (), answerer, folder / "test", progress)
-        _speak(rows, voices, folder / "test", seed, progress)
+        _speak(rows, voices, folder / "test", seed, workers, progress)
         _, rows = _answerable(train, "train", seed, passages, answerer, folder / "train", progress)
-        _speak(rows, voices, folder / "train", seed, progress)
+        _speak(rows, voices, folder / "train", seed, workers, progress)
 
     key = hashlib.sha256(json.dumps(provenance).encode()).hexdigest()[:12]
     folder = build_once(cache_directory() / "synthesis" / f"questions-{key}", provenance, build, resume=True)
@@ -191,10 +193,13 @@ def load_answers(path: Path) -> dict[str, str]:
     return {row["id"]: row["answer"] for row in map(json.loads, lines)}
 
 
-def _speak(rows: list[Row], voices: Sequence[Voice], folder: Path, seed: int, progress: bool) -> None:
+def _speak(
+    rows: list[Row], voices: Sequence[Voice], folder: Path, seed: int, workers: int | None, progress: bool
+) -> None:
     """Speak each passage once, and write a manifest of its questions."""
     passages = {row["passage_id"]: {"id": row["passage_id"], "text": row["text"]} for row in rows}
-    spoken = synthesise(list(passages.values()), folder, voices, takes=1, seed=seed, strict=True, progress=progress)
+    texts = list(passages.values())
+    spoken = synthesise(texts, folder, voices, takes=1, seed=seed, workers=workers, strict=True, progress=progress)
     speech = dict(zip(passages, spoken.rows, strict=True))
     labels = ("audio", "duration", "speaker", "gender", "rate")
     joined = [{**row, **{name: speech[row["passage_id"]][name] for name in labels}} for row in rows]

@@ -176,10 +176,12 @@ def spoken_traits(
     reverberations: Sequence[float | None] = REVERBERATIONS,
     *,
     seed: int = 0,
+    workers: int | None = None,
     progress: bool = True,
 ) -> dict[str, list[Row]]:
-    """A data set of paralinguistic variants, made once (an interrupted call is gone on with) and kept in the cache: WordNet's example sentences of 4 to 8
-    words in every voice at every rate, each recording in one condition of noise and room (module docstring).
+    """A data set of paralinguistic variants, made once (an interrupted call is gone on with) and kept in the cache:
+    WordNet's example sentences of 4 to 8 words in every voice at every rate, each recording in one condition of noise and
+    room (module docstring). `workers` engines run at once (default: one per core).
 
     Returns:
         "train" and "test": one row per recording with the label columns; `trait_rows` asks about them. 24 recordings
@@ -198,7 +200,8 @@ def spoken_traits(
         sample = random.Random(f"traits {seed}").sample(sentences, 2 * (train_texts + test_texts) + 20)
         train, test = split_by_cluster(sample, test_texts=test_texts, seed=seed, minimum_words=4)
         for name, texts in (("train", train[:train_texts]), ("test", test)):
-            spoken = synthesise(texts, folder / "speech", voices, rates, strict=True, progress=progress)
+            speech = folder / "speech"
+            spoken = synthesise(texts, speech, voices, rates, workers=workers, strict=True, progress=progress)
             variants(spoken.rows, folder / name, snrs, reverberations, crossed=False, seed=seed, progress=progress)
 
     key = hashlib.sha256(json.dumps(provenance).encode()).hexdigest()[:12]

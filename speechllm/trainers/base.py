@@ -11,7 +11,6 @@
 import json
 import logging
 import shutil
-from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -126,7 +125,7 @@ class SpeechLLMTrainer(PushingTrainer):
         self.speechllm = model
         self.set_aside: dict[str, SetAside] = {}  # by id
         self.llm_tokens = 0  # tokens, without padding, that passed through the LLM in this process, to train
-        self._terms: dict[str, list[torch.Tensor]] = defaultdict(list)  # name -> (weighted value, weight) of each step
+        self._terms: dict[str, torch.Tensor] = {}  # name -> sums of weighted values and of weights since the last log
         self._listed = 0  # utterances in `set_aside.jsonl`
         self._padding = torch.zeros(2, device=args.device)  # sum over batches of the share of padding, batches
         self._positions: dict[int, Position] = {}  # where each worker of this process goes on in the stream
@@ -338,16 +337,15 @@ class SpeechLLMTrainer(PushingTrainer):
         """Remember the values of loss terms until they are logged; weight 0: they do not count, but keep step."""
         for name, value in terms.items():
             value = torch.as_tensor(value, device=self.args.device).detach().float()
-            self._terms[name].append(
-                torch.stack([value if weight else torch.zeros_like(value), value.new_tensor(weight)])
-            )
+            term = torch.stack([value if weight else torch.zeros_like(value), value.new_tensor(weight)])
+            self._terms[name] = self._terms[name] + term if name in self._terms else term
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             # A term may be recorded on some processes only; all of them must gather the same ones, in the same order.
             names = gather_object(list(self._terms)) if self.args.world_size > 1 else self._terms
             for name in sorted(set(names)):
-                total = sum(self._terms[name], torch.zeros(2, device=self.args.device))
+                total = self._terms.get(name, torch.zeros(2, device=self.args.device))
                 value, weight = self.accelerator.gather(total[None]).sum(0).tolist()
                 if weight:
                     logs[name] = round(value / weight, 6)

@@ -90,6 +90,14 @@ def test_held_out_texts_are_in_no_source(corpora):
     assert row["text"] not in {other["text"] for other in train}
 
 
+def test_texts_are_held_out_where_there_are_texts(corpora):
+    (corpora / "silent.jsonl").write_text(
+        '{"audio": "wav/0.wav", "task": "st", "target_language": "de", "target": "ja"}'
+    )
+    with pytest.raises(UsageError, match="1 of 21 rows have no `text`"):
+        load("--train_data", "a.jsonl", "silent.jsonl", "--held_out", "1")
+
+
 def test_drawn_instructions(corpora):
     sources = ("--train_data", "a.jsonl", MUST_C, "--eval_data", "a.jsonl")
     _, train, _ = load(*sources)

@@ -38,15 +38,17 @@ def test_tensors_are_memory_mapped(tmp_path):
     assert str(cache._path("ab")) not in MAPS.read_text()
 
 
+@pytest.mark.parametrize("looked_for", [True, False], ids=["looked for", "read"])
 @pytest.mark.parametrize("damage", [b"", b"abc", b"x" * 200, None])
-def test_damaged_files_are_removed_and_counted(tmp_path, damage):
+def test_damaged_files_are_removed_and_counted(tmp_path, damage, looked_for):
     cache = FeatureCache(tmp_path, {})
     cache.put("ab", {"x": torch.zeros(100)})
     path = cache._path("ab")
     path.write_bytes(path.read_bytes()[:-3] if damage is None else damage)
-    assert cache.get("ab") is None
+    assert ("ab" in cache) is False if looked_for else cache.get("ab") is None
     assert cache.corrupt == 1 and not path.exists()
     cache.put("ab", {"x": torch.ones(1)})
+    assert "ab" in cache
     assert cache.get("ab")["x"] == 1
 
 

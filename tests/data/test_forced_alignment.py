@@ -2,8 +2,10 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import soundfile
 import torch
@@ -232,6 +234,14 @@ def test_command(manifest, tmp_path, capsys):
     assert main([*arguments, "--output", str(tmp_path / "elsewhere" / "guessed.jsonl")]) == 0
     rows = load_rows(str(tmp_path / "elsewhere" / "guessed.jsonl"))
     assert {row["alignment"] for row in rows} == {"proportional"} and rows[0]["audio"] == str(tmp_path / "0.wav")
+
+
+def test_audio_inside_a_parquet_file(manifest, tmp_path):
+    held = {"bytes": (tmp_path / "0.wav").read_bytes(), "path": "0.wav"}
+    pyarrow.parquet.write_table(pyarrow.table({"audio": [held], "text": ["bad"]}), tmp_path / "rows.parquet")
+    align_manifest(str(tmp_path / "rows.parquet"), str(tmp_path / "aligned.jsonl"))
+    (row,) = load_rows(tmp_path / "aligned.jsonl")
+    assert Path(row["audio"]).read_bytes() == held["bytes"] and Path(row["audio"]).parent.name == "aligned.audio"
 
 
 def test_bad_usage(manifest, tmp_path, capsys):

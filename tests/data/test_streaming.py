@@ -337,6 +337,7 @@ def test_answers_of_every_form_have_a_target():
     assert with_target({"answers": ["a"], "target": "b"})["target"] == "b"
     assert with_target({"answers": 5}) == {"answers": ["5"], "target": "5"}
     assert with_target({"text": "a"}) == {"text": "a"}
+    assert with_target({"text": 7, "target": 1.5}) == {"text": "7", "target": "1.5"}
 
 
 def test_audio_stays_undecoded():

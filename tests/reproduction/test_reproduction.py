@@ -1,8 +1,10 @@
 """The whole grid on tiny random models: order, resumption, failures, and the report; seconds in all."""
 
 import json
+import os
 import re
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -260,6 +262,20 @@ def test_two_at_a_time(world, finished, tmp_path):
         assert two["steps"] == one["steps"] and two["llm_tokens"] == one["llm_tokens"]
         losses = [[log["loss"] for log in result["history"]] for result in (two, one)]
         assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
+def killed_in_pretraining(cell, output):
+    if cell.name.endswith("pretraining/contr-cos-all-seed-0"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+def test_a_killed_process_costs_its_cells_alone(world, tmp_path, capsys):
+    cells = cells_of(world, seeds=2)
+    assert not Runner(cells, tmp_path, run=killed_in_pretraining, jobs=2).run()
+    assert "failed: a process was killed, perhaps for want of memory" in capsys.readouterr().out
+    there = {cell.name.removeprefix("cells/") for cell in cells if read_result(cell, tmp_path)}
+    assert "pretraining/contr-cos-all-seed-0" not in there and "fine-tuning/contr-cos-all-100-percent-seed-1" in there
 
 
 def test_missing_data_fails_one_cell_and_says_so(world, tmp_path):
