@@ -8,7 +8,7 @@
 import torch
 from torch.nn import functional as F
 from transformers import GenerationMixin
-from transformers.generation import LogitsProcessorList
+from transformers.generation import LogitsProcessorList, UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 
 AUDIO_INPUTS = (
@@ -23,15 +23,20 @@ AUDIO_INPUTS = (
 
 class AudioAwareLogitsProcessors(LogitsProcessorList):
     """Processors that index the scores by prompt token (repetition penalties, n-gram bans) meet the placeholder's id,
-    which may lie beyond the LLM's vocabulary: they see extra columns, which are cut off again."""
+    which may lie beyond the LLM's vocabulary: they see extra columns, which are cut off again. Classifier-free guidance
+    compares the scores with a further pass of the model and sees them as they are."""
 
     def __init__(self, processors: LogitsProcessorList, extra: int):
         super().__init__(processors)
         self.extra = extra
 
     def __call__(self, input_ids, scores, **kwargs):
-        scores = super().__call__(input_ids, F.pad(scores, (0, self.extra), value=-torch.inf), **kwargs)
-        return scores[:, : scores.shape[1] - self.extra]
+        for processor in self:
+            extra = 0 if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor) else self.extra
+            scores = F.pad(scores, (0, extra), value=-torch.inf)
+            scores = LogitsProcessorList([processor])(input_ids, scores, **kwargs)
+            scores = scores[:, : scores.shape[1] - extra]
+        return scores
 
 
 class SpeechLLMGenerationMixin(GenerationMixin):

@@ -112,6 +112,24 @@ def test_scores_have_the_llms_vocabulary():
     assert {score.shape for score in output.scores} == {(4, 258)}
 
 
+def test_guidance_takes_away_what_the_llm_says_without_the_audio():
+    """As Transformers' classifier-free guidance: scale * (with - without) + without, in log-probabilities, where the pass
+    without sees the prompt's last token and what was answered."""
+    model, _, _, (batch, *_) = model_and_inputs()
+    settings = {**GREEDY, "guidance_scale": 1.5, "output_scores": True}
+    output = model.generate(**batch, **settings, return_dict_in_generate=True)
+    asked = batch["input_ids"].shape[1]
+    with torch.no_grad():
+        guided = model(**batch).logits[:, -1].log_softmax(-1)
+        alone = model(input_ids=output.sequences[:, asked - 1 : asked]).logits[:, -1].log_softmax(-1)
+    allowed = output.scores[0] > -torch.inf  # not the end, before the shortest length
+    torch.testing.assert_close(output.scores[0][allowed], (1.5 * (guided - alone) + alone)[allowed], atol=1e-4, rtol=0)
+    assert allowed.float().mean() > 0.9
+    assert output.sequences[:, asked].tolist() == output.scores[0].argmax(-1).tolist()
+    repeated = model.generate(**batch, **settings, repetition_penalty=1.5)
+    assert max(map(max, answers(repeated, batch))) < 258
+
+
 @pytest.mark.parametrize("skip_prompt", [True, False])
 def test_text_streamer(skip_prompt, capsys):
     model, processor, _, singles = model_and_inputs()
