@@ -202,7 +202,7 @@ class Quickstart:
             save_strategy="no",
             logging_steps=5,
             lr_scheduler_type="warmup_stable_decay",
-            length_window=100,  # the whole epoch: with so little data, the least padding
+            length_window=100,  # all rows of pretraining: with so little data, the least padding
             feature_cache=str(cache_directory() / "features"),
             per_device_eval_batch_size=28,
             dataloader_pin_memory=torch.cuda.is_available(),
@@ -300,6 +300,7 @@ class Quickstart:
             bf16=True,
             warmup_steps=10,
             lr_scheduler_kwargs={"num_decay_steps": steps // 3},
+            answer_noise=0.3,  # else the LLM goes on from its own words, which in minutes of speech it knows by heart
             max_new_tokens=48,
         )
         rows = joined_rows(self.train_rows + self.long_rows, JOINED_ROWS, JOINED_SECONDS, self.settings.seed)

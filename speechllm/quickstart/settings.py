@@ -16,7 +16,7 @@ class QuickstartArguments:
         },
     )
     steps: list[int] = field(
-        default_factory=lambda: [400, 150, 60],
+        default_factory=lambda: [400, 120, 90],
         metadata={
             "help": "Three numbers: pretraining steps at the LLM's input, then at all layers, then fine-tuning steps."
         },
@@ -32,6 +32,6 @@ class QuickstartArguments:
 
     def __post_init__(self):
         if len(self.steps) != 3 or min(self.steps) < 1:
-            raise ValueError(f"--steps takes three positive numbers, e.g. 400 150 60; got {self.steps}.")
+            raise ValueError(f"--steps takes three positive numbers, e.g. 400 120 90; got {self.steps}.")
         if self.source not in ("packages", "hub", "auto"):
             raise ValueError(f"--source is {self.source!r}; use 'packages', 'hub' or 'auto'.")

@@ -23,6 +23,13 @@ class FineTuningArguments(SpeechLLMTrainingArguments):
         default=False,
         metadata={"help": "Train all of the LLM too, in float32; checkpoints then hold all weights."},
     )
+    answer_noise: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the answer's tokens in whose place the LLM reads random ones in training, so that it listens "
+            "instead of guessing on from its own words. For little data (word dropout, arXiv 1511.06349)."
+        },
+    )
     max_new_tokens: int = field(default=128, metadata={"help": "Longest answer that evaluation generates."})
     predict_with_generate: bool = field(
         default=True, metadata={"help": "Evaluate by generation (the metrics of each task), besides the loss."}
@@ -50,6 +57,8 @@ class FineTuningArguments(SpeechLLMTrainingArguments):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}.")
+        if not 0 <= self.answer_noise < 1:
+            raise ValueError(f"answer_noise is {self.answer_noise}; it must be at least 0 and below 1.")
         if self.train_llm and self.lora_rank:
             raise ValueError("train_llm trains all of the LLM, lora_rank matrices beside it. Set one of them.")
         if self.early_stopping_patience is not None and self.eval_strategy == "no":

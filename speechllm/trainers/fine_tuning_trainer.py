@@ -145,6 +145,13 @@ class FineTuningTrainer(SpeechLLMTrainer):
     def _model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in batch.items() if name not in ("rows", "weight", "set_aside")}
 
+    def _with_noise(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with random tokens of the LLM in the place of some of the answers' (`answer_noise`); labels stay."""
+        ids, answer = batch["input_ids"], batch["labels"] != -100
+        noisy = answer & (torch.rand(ids.shape, device=ids.device) < self.args.answer_noise)
+        random = torch.randint_like(ids, self.headless.config.text_config.vocab_size)
+        return {**batch, "input_ids": torch.where(noisy, random, ids)}
+
     def training_step(self, *positional: Any, **kwargs: Any) -> torch.Tensor:
         # Under autocast, LoRA's thin products run in the LLM's dtype; PEFT would cast their input to LoRA's float32 first,
         # in which they are the slowest part of a step on CPUs.
@@ -155,6 +162,8 @@ class FineTuningTrainer(SpeechLLMTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch = self.on_device(inputs)
         inputs = self._model_inputs(batch)
+        if self.args.answer_noise:
+            inputs = self._with_noise(inputs)
         if self._shares_start:
             inputs = self._without_start(inputs)
         reused = batch["input_ids"].shape[1] - inputs["input_ids"].shape[1]

@@ -96,6 +96,28 @@ def test_logits_of_answers_are_enough(tmp_path):
     torch.testing.assert_close(few.loss, full.loss, atol=1e-6, rtol=0)
 
 
+def test_noise_replaces_what_is_read_of_the_answers_and_not_what_is_learned(tmp_path):
+    trainer = fine_tuning(tmp_path, answer_noise=0.5)
+    seen, forward = [], trainer.speechllm.forward
+    trainer.speechllm.forward = lambda **inputs: seen.append(inputs) or forward(**inputs)
+    batch = next(iter(trainer.get_train_dataloader()))
+    losses = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        losses.append(trainer.compute_loss(trainer.speechllm, dict(batch)).item())
+    assert losses[0] == losses[1] != losses[2]
+    length = seen[0]["labels"].shape[1]  # without the start that all rows share
+    clean, labels = batch["input_ids"][:, -length:], batch["labels"][:, -length:]
+    changed, answer = seen[0]["input_ids"] != clean, labels != -100
+    assert torch.equal(seen[0]["labels"], labels) and not changed[~answer].any()
+    assert 0.25 < changed[answer].float().mean() < 0.75
+    trainer.args.answer_noise = 0.0
+    assert trainer.compute_loss(trainer.speechllm, dict(batch)).item() not in losses
+    assert torch.equal(seen[-1]["input_ids"], clean)
+    with pytest.raises(ValueError, match="answer_noise is 1"):
+        fine_tuning(tmp_path / "other", answer_noise=1)
+
+
 def test_accumulated_batches_weigh_every_answer_token_alike(tmp_path):
     rows = tiny_rows(8)
     for i, row in enumerate(rows):
