@@ -16,12 +16,14 @@ is computed as GeomLoss 0.3.1 does (`SamplesLoss("sinkhorn", p=2, blur, scaling,
 How it is made fast. With F = f - |x|^2 / 2 and G = g - |y|^2 / 2 the exponent is (F_i + G_j + <x_i, y_j>) / eps: no cost
 matrix is formed. The exponential that holds both potentials serves both updates: its row sums correct F, its column
 sums G. Tokens are packed, without padding; rows of a block are the tokens of some texts, columns those of some
-utterances, so sums over sequences, and potentials spread over pairs, are matrix products with 0/1 indicators. Blocks
-fit the processor's cache. Base 2, because `exp2` is two to three times faster than `exp` on CPUs.
+utterances, so sums over sequences, and potentials spread over pairs, are matrix products with 0/1 indicators. What is
+iterated, or passes through several operations, fits the processor's cache. Base 2, because `exp2` is two to three times
+faster than `exp` on CPUs.
 """
 
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -43,6 +45,10 @@ from .pairwise_transport import (
 # exp2 is cut off here: results below the normal range slow CPUs down. Sums whose log2 is above SMALLEST_LOG_SUM do not notice.
 LOWEST_EXPONENT = {torch.float32: -72.0, torch.float64: -700.0}
 SMALLEST_LOG_SUM = -48.0
+# Sizes for CPUs, in elements: what passes through several operations, or iterations, stays in a cache of about 1 MB.
+CHUNK = 2**17
+BLOCK = 240_000
+PANEL = 2**20
 LARGE_BLOCK = 2**24  # pairs of tokens, over all layers, in one block on a GPU: 64 MB in float32
 
 
@@ -101,9 +107,15 @@ def in_large_blocks(device: torch.device) -> bool:
 
 
 class _Packed:
-    """The valid tokens of a batch of sequences, L2-normalised, one sequence after the other, without padding."""
+    """The valid tokens of a batch of sequences, L2-normalised, one sequence after the other, without padding.
 
-    def __init__(self, states: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype):
+    Distances do not depend on the origin, but products lose fewer digits where all tokens point to one side if it is moved
+    there: to the mean of the tokens, or to that of another side, as both must agree.
+    """
+
+    def __init__(
+        self, states: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype, origin: torch.Tensor | None = None
+    ):
         self.shape, self.state_dtype = states.shape, states.dtype
         mask = mask.bool()
         lengths = mask.sum(-1).tolist()
@@ -111,20 +123,39 @@ class _Packed:
         self.lengths = [lengths[item] for item in self.kept]
         self.starts = [0, *np.cumsum(self.lengths).tolist()]
         self.positions = mask.flatten().nonzero().squeeze(1)
+        self.padding = (~mask).flatten().nonzero().squeeze(1)
         self.sequence_of_token = torch.repeat_interleave(
             torch.tensor(self.lengths, device=states.device, dtype=torch.long)
         )
         self.weights = (1 / torch.tensor(self.lengths, device=states.device, dtype=dtype))[self.sequence_of_token]
-        flat = states.reshape(-1, mask.numel(), states.shape[-1])
-        self.units = flat.index_select(1, self.positions).to(dtype)  # (layers, tokens, dim), a copy
-        self.norms = torch.linalg.vector_norm(self.units, dim=-1, keepdim=True).clamp_min_(1e-12)
-        self.units.div_(self.norms)
 
-    def move_origin(self, origin: torch.Tensor) -> None:
-        """Distances stay as they are, but products lose fewer digits when all tokens point to one side."""
+        flat = states.reshape(-1, mask.numel(), states.shape[-1])
+        self.units = flat.new_empty(len(flat), len(self.positions), flat.shape[-1], dtype=dtype)  # from the origin
+        self.norms = self.units.new_empty(*self.units.shape[:2], 1)
+        self.half_squares = self.units.new_empty(self.units.shape[:2])
+        for chunk in self._chunks():
+            self.units[:, chunk] = flat.index_select(1, self.positions[chunk])
+            units, norms = self.units[:, chunk], self.norms[:, chunk]
+            torch.linalg.vector_norm(units, dim=-1, keepdim=True, out=norms)
+            units.div_(norms.clamp_(min=1e-12))
+            if origin is not None:
+                self._move_origin(chunk, origin)
+        if origin is None:
+            origin = self.units.mean(1, keepdim=True)
+            for chunk in self._chunks():
+                self._move_origin(chunk, origin)
         self.origin = origin  # (layers, 1, dim)
-        self.units.sub_(origin)
-        self.half_squares = self.units.square().sum(-1).mul_(0.5)  # (layers, tokens)
+
+    def _chunks(self) -> Iterator[slice]:
+        """Tokens that pass through several operations while they are in the cache; all at once on a GPU."""
+        tokens = max(1, len(self.positions))
+        if not in_large_blocks(self.units.device):
+            tokens = max(1, CHUNK // (len(self.units) * self.units.shape[-1]))
+        return (slice(first, first + tokens) for first in range(0, len(self.positions), tokens))
+
+    def _move_origin(self, chunk: slice, origin: torch.Tensor) -> None:
+        units = self.units[:, chunk].sub_(origin)
+        self.half_squares[:, chunk] = torch.linalg.vecdot(units, units).mul_(0.5)
 
     def tokens(self, first: int, last: int) -> slice:
         """Where the tokens of sequences first, ..., last - 1 are."""
@@ -135,14 +166,27 @@ class _Packed:
         sequences = torch.arange(first, last, device=self.units.device)
         return (self.sequence_of_token[self.tokens(first, last), None] == sequences).to(self.units.dtype)
 
+    def ranges(self, first: int, last: int, most_sequences: int, most_tokens: int) -> Iterator[tuple[int, int]]:
+        """Divides sequences first, ..., last - 1 into ranges of at most so many of them, and of at most so many tokens if
+        they are more than one."""
+        while first < last:
+            end = first + 1
+            while end < min(last, first + most_sequences) and self.starts[end + 1] - self.starts[first] <= most_tokens:
+                end += 1
+            yield first, end
+            first = end
+
     def gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         """Gradient at the unit vectors (overwritten) -> gradient at the states; 0 at padding."""
-        units = self.units + self.origin
-        radial = torch.linalg.vecdot(gradient, units).unsqueeze(-1)
-        gradient.addcmul_(units, radial, value=-1).div_(self.norms)
-        at_states = gradient.new_zeros(self.shape, dtype=self.state_dtype)
+        at_states = torch.empty(self.shape, dtype=self.state_dtype, device=gradient.device)
         flat = at_states.view(-1, math.prod(self.shape[-3:-1]), self.shape[-1])
-        return flat.index_copy_(1, self.positions, gradient.to(self.state_dtype)).view(self.shape)
+        flat.index_fill_(1, self.padding, 0)
+        for chunk in self._chunks():
+            units, at_units = self.units[:, chunk] + self.origin, gradient[:, chunk]
+            radial = torch.linalg.vecdot(at_units, units).unsqueeze(-1)
+            at_units.addcmul_(units, radial, value=-1).div_(self.norms[:, chunk])
+            flat.index_copy_(1, self.positions[chunk], at_units.to(self.state_dtype))
+        return at_states
 
 
 class _SinkhornDivergence(torch.autograd.Function):
@@ -151,24 +195,23 @@ class _SinkhornDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, text, text_mask, speech, speech_mask, epsilons):
         dtype = torch.promote_types(torch.promote_types(text.dtype, speech.dtype), torch.float32)
-        x, y = _Packed(text, text_mask, dtype), _Packed(speech, speech_mask, dtype)
-        origin = x.units.mean(1, keepdim=True)
-        x.move_origin(origin), y.move_origin(origin)
+        x = _Packed(text, text_mask, dtype)
+        y = _Packed(speech, speech_mask, dtype, x.origin if x.kept else None)
         needs_text, needs_speech = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-        self_x, barycentres_x, stable_x = _self_terms(x, epsilons, needs_text)
-        self_y, barycentres_y, stable_y = _self_terms(y, epsilons, needs_speech)
+        self_x, ctx.plans_x, stable_x = _self_terms(x, epsilons, needs_text)
+        self_y, ctx.plans_y, stable_y = _self_terms(y, epsilons, needs_speech)
         values = -self_x.unsqueeze(2) - self_y.unsqueeze(1)
         stable = stable_x & stable_y
-        ctx.blocks = []
-        for layers, texts, utterances in _blocks(x, y):
-            block = _Block(x, y, layers, texts, utterances)
-            cross, stable_block = block.solve(epsilons)
+        ctx.panels = []
+        for layers, texts, utterances in _panels(x, y):
+            panel = _Panel(x, y, layers, texts, utterances)
+            cross, stable_panel = panel.solve(epsilons)
             values[layers, slice(*texts), slice(*utterances)] += cross
-            stable &= stable_block
+            stable &= stable_panel
             if needs_text or needs_speech:
-                ctx.blocks.append(block)
+                ctx.panels.append(panel)
         stable &= values.isfinite().all()
-        ctx.x, ctx.y, ctx.barycentres_x, ctx.barycentres_y = x, y, barycentres_x, barycentres_y
+        ctx.x, ctx.y = x, y
         ctx.mark_non_differentiable(stable)
         return with_empty(values, text_mask, speech_mask).view(
             *text.shape[:-3], len(text_mask), len(speech_mask)
@@ -180,16 +223,13 @@ class _SinkhornDivergence(torch.autograd.Function):
         x, y = ctx.x, ctx.y
         gradient = gradient.reshape(-1, *gradient.shape[-2:])[:, x.kept][:, :, y.kept].to(x.units.dtype)
         with exact_matmuls(gradient.device):
-            # of the self terms, whose second argument is a constant, as it is in the cross terms
             gradient_x = gradient_y = None
             if ctx.needs_input_grad[0]:
-                scale = gradient.sum(2)[:, x.sequence_of_token] * x.weights
-                gradient_x = ctx.barycentres_x * scale.unsqueeze(-1)
+                gradient_x = _self_gradients(x, ctx.plans_x, gradient.sum(2))
             if ctx.needs_input_grad[2]:
-                scale = gradient.sum(1)[:, y.sequence_of_token] * y.weights
-                gradient_y = ctx.barycentres_y * scale.unsqueeze(-1)
-            for block in ctx.blocks:
-                block.add_gradients(gradient, gradient_x, gradient_y)
+                gradient_y = _self_gradients(y, ctx.plans_y, gradient.sum(1))
+            for panel in ctx.panels:
+                panel.add_gradients(gradient, gradient_x, gradient_y)
             return (
                 None if gradient_x is None else x.gradient(gradient_x),
                 None,
@@ -204,37 +244,34 @@ def _steps(epsilons: Sequence[float]) -> list[tuple[float, float]]:
     return [(epsilons[0], 1.0), *((eps, 0.5) for eps in epsilons), (epsilons[-1], 1.0)]
 
 
-def _blocks(x: _Packed, y: _Packed) -> list[tuple[slice, tuple[int, int], tuple[int, int]]]:
-    """(layers, first and last text, first and last utterance) of blocks that cover all pairs.
+def _panels(x: _Packed, y: _Packed) -> list[tuple[slice, tuple[int, int], tuple[int, int]]]:
+    """(layers, first and last text, first and last utterance) of panels that cover all pairs.
 
-    On a CPU a block and its exponential stay in the cache, and 16 columns is what sums over utterances
-    cost at least. On a GPU few and large blocks, of all layers, save kernel launches.
+    16 columns is what sums over utterances cost at least on a CPU. On a GPU few and large panels, of all layers, save
+    kernel launches.
     """
     layers, large = len(x.units), in_large_blocks(x.units.device)
     # of all layers together: several in one call take no more memory than one
-    width, most_texts, most_elements = (32, 32, LARGE_BLOCK // max(1, layers)) if large else (16, 4, 240_000)
+    width, most_texts, most_elements = (32, 32, LARGE_BLOCK // max(1, layers)) if large else (16, len(x.kept), PANEL)
     groups = -(-len(y.kept) // width)
     bounds = [len(y.kept) * group // groups for group in range(groups + 1)] if groups else []
-    blocks = []
-    for utterances in pairwise(bounds):
-        columns = y.starts[utterances[1]] - y.starts[utterances[0]]
-        first = 0
-        while first < len(x.kept):
-            last = first + 1
-            while (
-                last < len(x.kept)
-                and last - first < most_texts
-                and (x.starts[last + 1] - x.starts[first]) * columns <= most_elements
-            ):
-                last += 1
-            blocks.append(((first, last), utterances))
-            first = last
     layer_slices = [slice(0, layers)] if large else [slice(layer, layer + 1) for layer in range(layers)]
-    return [(layer, *block) for layer in layer_slices for block in blocks]
+    return [
+        (layer, texts, utterances)
+        for layer in layer_slices
+        for utterances in pairwise(bounds)
+        for texts in x.ranges(
+            0, len(x.kept), most_texts, most_elements // (y.starts[utterances[1]] - y.starts[utterances[0]])
+        )
+    ]
 
 
-class _Block:
-    """The cross problems of some texts (rows: their tokens) with some utterances (columns: their tokens)."""
+class _Panel:
+    """The cross problems of some texts (rows: their tokens) with some utterances (columns: their tokens).
+
+    Products with the tokens' vectors are of the whole panel. What is iterated stays in the cache of a CPU: blocks of a few
+    texts each.
+    """
 
     def __init__(self, x: _Packed, y: _Packed, layers: slice, texts: tuple[int, int], utterances: tuple[int, int]):
         self.x, self.y, self.layers, self.texts, self.utterances = x, y, layers, texts, utterances
@@ -242,55 +279,99 @@ class _Block:
 
     def solve(self, epsilons: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
         """<a, F> + <b, G> after the last update, (layers, texts, utterances), and whether it is stable."""
-        x, y = self.x, self.y
-        units_x, units_y = x.units[self.layers, self.rows], y.units[self.layers, self.columns]
-        layers, texts, utterances = len(units_x), self.texts[1] - self.texts[0], self.utterances[1] - self.utterances[0]
-        in_text, in_utterance = x.indicator(*self.texts), y.indicator(*self.utterances)
+        gram = torch.bmm(self.x.units[self.layers, self.rows], self.y.units[self.layers, self.columns].mT)
+        self.kernel = gram  # each block overwrites its own part
+        limits = (self.texts[1], sys.maxsize)
+        if not in_large_blocks(gram.device):
+            limits = (4, BLOCK // max(1, gram.shape[2]))
+        self.blocks = [_Block(self, texts) for texts in self.x.ranges(*self.texts, *limits)]
+        values, stable = zip(*(block.solve(epsilons) for block in self.blocks))
+        return torch.cat(values, 1), torch.stack(stable).all()
+
+    def add_gradients(self, gradient, gradient_x, gradient_y):
+        """Subtract from each token's gradient the barycentre of the other side's tokens under its plan."""
+        gradient = gradient[self.layers, slice(*self.texts), slice(*self.utterances)]
+        plan = torch.empty_like(self.kernel)
+        if gradient_x is not None:
+            for block in self.blocks:
+                block.plan_of_rows(gradient, out=plan[:, block.rows])
+            gradient_x[self.layers, self.rows].baddbmm_(plan, self.y.units[self.layers, self.columns], alpha=-1)
+        if gradient_y is not None:
+            for block in self.blocks:
+                block.plan_of_columns(gradient, out=plan[:, block.rows])
+            gradient_y[self.layers, self.columns].baddbmm_(plan.mT, self.x.units[self.layers, self.rows], alpha=-1)
+
+
+class _Block:
+    """Some texts of a panel, with all its utterances."""
+
+    def __init__(self, panel: _Panel, texts: tuple[int, int]):
+        x, y, layers, tokens = panel.x, panel.y, panel.layers, panel.x.tokens(*texts)
+        self.texts = slice(texts[0] - panel.texts[0], texts[1] - panel.texts[0])  # of the panel's
+        self.rows = slice(tokens.start - panel.rows.start, tokens.stop - panel.rows.start)
+        self.kernel = panel.kernel[:, self.rows]  # <x_i, y_j> until it is solved
+        self.half_squares = x.half_squares[layers, tokens], y.half_squares[layers, panel.columns]
+        self.weights_x, self.weights_y = x.weights[tokens, None], y.weights[panel.columns]
+        self.in_text, self.in_utterance = x.indicator(*texts), y.indicator(*panel.utterances)
+        self.text_of_row = x.sequence_of_token[tokens] - panel.texts[0]
+        self.utterance_of_column = y.sequence_of_token[panel.columns] - panel.utterances[0]
+
+    def solve(self, epsilons: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
+        in_text, in_utterance, gram = self.in_text, self.in_utterance, self.kernel
+        layers, texts, utterances = len(gram), in_text.shape[1], in_utterance.shape[1]
         # [F | in_text] @ [in_utterance^T ; G] = F_i + G_j, for the pair that i and j belong to
-        left = units_x.new_empty(layers, len(in_text), utterances + texts)
-        right = units_x.new_empty(layers, utterances + texts, len(in_utterance))
+        left = gram.new_empty(layers, len(in_text), utterances + texts)
+        right = gram.new_empty(layers, utterances + texts, len(in_utterance))
         left[:, :, utterances:], right[:, :utterances] = in_text, in_utterance.T
         potential_x, potential_y = left[:, :, :utterances], right[:, utterances:]
-        potential_x.copy_(-x.half_squares[self.layers, self.rows, None])
-        potential_y.copy_(-y.half_squares[self.layers, None, self.columns])
+        potential_x.copy_(-self.half_squares[0].unsqueeze(2))
+        potential_y.copy_(-self.half_squares[1].unsqueeze(1))
 
-        mean_x = (in_text * x.weights[self.rows, None]).T.expand(layers, -1, -1)  # (layers, texts, rows)
-        mean_y = in_utterance * y.weights[self.columns, None]  # (columns, utterances)
+        mean_x = (in_text * self.weights_x).T.expand(layers, -1, -1)  # (layers, texts, rows)
+        mean_y = in_utterance * self.weights_y[:, None]  # (columns, utterances)
         mean_y = F.pad(mean_y, (0, max(0, 16 - utterances)))  # narrower products are slower on CPUs
         mean_y = mean_y.expand(layers, -1, -1)
 
-        gram = torch.bmm(units_x, units_y.mT)
         kernel = torch.empty_like(gram)
-        floor = LOWEST_EXPONENT[gram.dtype]
         lowest_row, lowest_column = gram.new_full((), math.inf), gram.new_full((), math.inf)
         for eps, step in _steps(epsilons):
             to_bits = 1 / (eps * math.log(2))
             torch.baddbmm(gram, left, right, beta=to_bits, alpha=to_bits, out=kernel)
-            kernel.clamp_(min=floor).exp2_()
+            _exp2_(kernel, eps)
             row_sums = torch.bmm(kernel, mean_y)[:, :, :utterances]
             column_sums = torch.bmm(mean_x, kernel)
             row_logs, column_logs = row_sums.log2(), column_sums.log2()
             lowest_row, lowest_column = torch.minimum(lowest_row, row_logs), torch.minimum(lowest_column, column_logs)
             potential_x.add_(row_logs, alpha=-step / to_bits)
             potential_y.add_(column_logs, alpha=-step / to_bits)
-        self.kernel, self.row_sums, self.column_sums = kernel, row_sums, column_sums
+        self.kernel.copy_(kernel)
+        self.row_sums, self.column_sums = row_sums, column_sums
         value = torch.bmm(mean_x, potential_x) + torch.bmm(potential_y, mean_y)[:, :, :utterances]
         return value, torch.minimum(lowest_row.amin(), lowest_column.amin()) > SMALLEST_LOG_SUM
 
-    def add_gradients(self, gradient, gradient_x, gradient_y):
-        """Subtract from each token's gradient the barycentre of the other side's tokens under its plan."""
-        x, y = self.x, self.y
-        gradient = gradient[self.layers, slice(*self.texts), slice(*self.utterances)]
-        weights_x, weights_y = x.weights[self.rows, None], y.weights[self.columns]
-        in_text, in_utterance = x.indicator(*self.texts), y.indicator(*self.utterances)
-        if gradient_x is not None:
-            scale = gradient[:, x.sequence_of_token[self.rows] - self.texts[0]] * weights_x / self.row_sums
-            plan = torch.matmul(scale, in_utterance.T * weights_y).mul_(self.kernel)
-            gradient_x[self.layers, self.rows].baddbmm_(plan, y.units[self.layers, self.columns], alpha=-1)
-        if gradient_y is not None:
-            scale = gradient[:, :, y.sequence_of_token[self.columns] - self.utterances[0]] * weights_y
-            plan = torch.matmul(in_text * weights_x, scale / self.column_sums).mul_(self.kernel)
-            gradient_y[self.layers, self.columns].baddbmm_(plan.mT, x.units[self.layers, self.rows], alpha=-1)
+    def plan_of_rows(self, gradient: torch.Tensor, out: torch.Tensor) -> None:
+        """The transport plan whose rows sum to the texts' weights, each pair's times its gradient."""
+        scale = gradient[:, self.text_of_row] * self.weights_x / self.row_sums  # (layers, rows, utterances)
+        spread = (self.in_utterance.T * self.weights_y).expand(len(scale), -1, -1)
+        torch.bmm(scale, spread, out=out).mul_(self.kernel)
+
+    def plan_of_columns(self, gradient: torch.Tensor, out: torch.Tensor) -> None:
+        """The same with columns that sum to the utterances' weights."""
+        scale = gradient[:, self.texts, self.utterance_of_column]  # (layers, texts, columns)
+        scale = scale * self.weights_y / self.column_sums
+        spread = (self.in_text * self.weights_x).expand(len(scale), -1, -1)
+        torch.bmm(spread, scale, out=out).mul_(self.kernel)
+
+
+def _exp2_(bits: torch.Tensor, eps: float) -> torch.Tensor:
+    """2 to the power of exponents at this eps, in place, cut off below.
+
+    As 0 <= C <= 2, potentials vary by at most 2 and f_i + g_j >= -2: no exponent is below -4 / eps nats.
+    """
+    floor = LOWEST_EXPONENT[bits.dtype]
+    if -4 / (eps * math.log(2)) < floor:
+        bits.clamp_(min=floor)
+    return bits.exp2_()
 
 
 def _self_terms(packed: _Packed, epsilons: Sequence[float], needs_gradient: bool):
@@ -299,14 +380,14 @@ def _self_terms(packed: _Packed, epsilons: Sequence[float], needs_gradient: bool
     Sequences of similar length are padded to one batch, but for the matrix products.
 
     Returns:
-        <a, F> (layers, sequences), the barycentres (layers, tokens, dim) of each token's plan if needed, and whether
-        all is stable.
+        <a, F> (layers, sequences), the sequences' plans if needed (item -> (layers, length, length), rows sum to 1), and
+        whether all is stable.
     """
     units = packed.units
     values = units.new_empty(len(units), len(packed.lengths))
-    barycentres = torch.empty_like(units) if needs_gradient else None
+    plans = {}
     stable = torch.ones((), dtype=torch.bool, device=units.device)
-    most_elements = LARGE_BLOCK // max(1, len(units)) if in_large_blocks(units.device) else 120_000
+    most_elements = LARGE_BLOCK // max(1, len(units)) if in_large_blocks(units.device) else BLOCK // 2
     for items in _similar_lengths(packed.lengths, most_elements):
         lengths, longest = [packed.lengths[item] for item in items], packed.lengths[items[0]]
         gram = units.new_full((len(units), len(items), longest, longest), -1e6)  # padding weighs nothing
@@ -332,9 +413,19 @@ def _self_terms(packed: _Packed, epsilons: Sequence[float], needs_gradient: bool
         for i, (item, length) in enumerate(zip(items, lengths)):
             values[:, item] = potential[:, i, :length].mean(-1)
             if needs_gradient:
-                tokens = packed.tokens(item, item + 1)
-                barycentres[:, tokens] = torch.bmm(kernel[:, i, :length, :length], units[:, tokens])
-    return values, barycentres, stable
+                plans[item] = kernel[:, i, :length, :length]
+    return values, plans, stable
+
+
+def _self_gradients(packed: _Packed, plans: dict[int, torch.Tensor], gradient: torch.Tensor) -> torch.Tensor:
+    """The part of the self terms, whose second argument is a constant, as it is in the cross terms: (layers, tokens, dim),
+    each token's barycentre under its plan times its weight and its sequence's (layers, sequences) gradient."""
+    found = torch.empty_like(packed.units)
+    for item, plan in plans.items():
+        tokens = packed.tokens(item, item + 1)
+        scaled = plan * (gradient[:, item] / packed.lengths[item])[:, None, None]
+        torch.bmm(scaled, packed.units[:, tokens], out=found[:, tokens])
+    return found
 
 
 def _similar_lengths(lengths: Sequence[int], most_elements: int) -> list[list[int]]:

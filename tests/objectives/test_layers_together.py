@@ -1,5 +1,7 @@
 """Wasserstein distances of several layers: what a GPU takes in one call and in large blocks equals layer by layer."""
 
+import gc
+
 import pytest
 import torch
 from test_optimal_transport import batch, relative_error
@@ -73,17 +75,17 @@ def test_layers_of_other_shapes_and_empty_batches_go_one_by_one(as_on_a_gpu):
 
 
 @pytest.mark.parametrize("largest", [2**24, 6000])
-def test_blocks_of_all_layers_stay_within_the_limit(largest, as_on_a_gpu, monkeypatch):
+def test_panels_of_all_layers_stay_within_the_limit(largest, as_on_a_gpu, monkeypatch):
     monkeypatch.setattr(sinkhorn, "LARGE_BLOCK", largest)
     text, text_mask, speech, speech_mask = batch("random", (2, 3, 1, 2, 4) * 4, (5, 7, 6) * 4, 8)
     x, y = (
         sinkhorn._Packed(torch.stack([states] * 3), mask, torch.float32)
         for states, mask in ((text, text_mask), (speech, speech_mask))
     )
-    blocks = sinkhorn._blocks(x, y)
-    sizes = [3 * len(x.units[0, x.tokens(*texts)]) * len(y.units[0, y.tokens(*others)]) for _, texts, others in blocks]
-    assert all(layer == slice(0, 3) for layer, _, _ in blocks)
-    assert max(sizes) <= largest and (len(blocks) == 1) == (largest == 2**24)
+    panels = sinkhorn._panels(x, y)
+    sizes = [3 * len(x.units[0, x.tokens(*texts)]) * len(y.units[0, y.tokens(*others)]) for _, texts, others in panels]
+    assert all(layer == slice(0, 3) for layer, _, _ in panels)
+    assert max(sizes) <= largest and (len(panels) == 1) == (largest == 2**24)
     assert sum(sizes) == 3 * x.starts[-1] * y.starts[-1]  # each pair once
 
 
@@ -104,3 +106,16 @@ def test_one_layer_beyond_float32_does_not_slow_the_others(monkeypatch):
     for layer, (x, y) in enumerate([(text, speech), near]):
         expected = wasserstein_distance_matrix(x, text_mask, y, speech_mask, **options)
         torch.testing.assert_close(found[layer], expected, atol=1e-6, rtol=0)
+
+
+def test_nothing_waits_for_the_garbage_collector():
+    """The exponentials of all pairs are large; a cycle of references would keep them for steps to come."""
+    text, text_mask, speech, speech_mask = batch("random", (3, 9), (20, 8), 16)
+    gc.collect()
+    gc.disable()
+    try:
+        wasserstein_distance_matrix(text, text_mask, speech.requires_grad_(), speech_mask).sum().backward()
+        kept = [type(found) for found in gc.get_objects() if type(found) in (sinkhorn._Panel, sinkhorn._Packed)]
+    finally:
+        gc.enable()
+    assert kept == []
