@@ -51,7 +51,7 @@ def tables_of(results: Results) -> list[Table]:
         "or ASR pretraining (ₐ) on the same data, paired, p < 0.05, not adjusted for the number of tests. Answers end at "
         "twice the length of their task's longest right answer."
     )
-    return [
+    tables = [
         _claims(results),
         _pretraining(results),
         _fine_tuned(results, "Fine-tuned: the field's metrics", others, legend),
@@ -61,6 +61,8 @@ def tables_of(results: Results) -> list[Table]:
         _cost(results),
         *(table for claim in results["claims"] for table in _comparisons(claim)),
     ]
+    # What is empty and not waited for was never planned: not every study fine-tunes, or tests a claim.
+    return [table for table in tables if table.lines or results["missing"]]
 
 
 def markdown(results: Results, tables: list[Table], figures: list[str], plots: str = "plots") -> str:

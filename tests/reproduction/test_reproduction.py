@@ -430,6 +430,18 @@ def test_report_names_what_is_missing(finished, tmp_path):
     assert f"**Not run, or failed:** {cells[-1].name.removeprefix('cells/')}." in text
 
 
+def test_tables_of_what_was_never_planned_are_left_out(finished, tmp_path):
+    cells, output = finished
+    shutil.copytree(output, tmp_path / "run")
+    pretraining = [cell for cell in cells if cell.stage == "pretraining"]
+    Report(SCALE, pretraining, tmp_path / "run", command="speechllm reproduce").write()
+    text = (tmp_path / "run" / "results.md").read_text()
+    assert "## Pretrained" in text and "## Fine-tuned" not in text and "Not run yet" not in text
+    (tmp_path / "run" / pretraining[0].name).rename(tmp_path / "elsewhere")
+    Report(SCALE, pretraining, tmp_path / "run", command="speechllm reproduce").write()
+    assert "Not run yet." in (tmp_path / "run" / "results.md").read_text()
+
+
 def test_unknown_study(tmp_path):
     with pytest.raises(UsageError, match="there is no 'nothing'. Choose from layers"):
         reproduce("tiny", tmp_path, study="nothing", recipes=RECIPES)
