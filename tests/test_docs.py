@@ -81,7 +81,7 @@ def test_blocks_run(page, reader, tmp_path, monkeypatch, capsys):
 
 def test_every_page_is_in_the_navigation():
     text = (ROOT / "mkdocs.yml").read_text()
-    listed = set(re.findall(r"[\w/]+\.md", str(yaml.safe_load(text)["nav"])))
+    listed = set(re.findall(r"[\w/-]+\.md", str(yaml.safe_load(text)["nav"])))
     made = {"recipes.md", "api/command_line.md", *(f"notebooks/{path.stem}.md" for path in NOTEBOOKS)}
     assert listed == {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")} | made
 
