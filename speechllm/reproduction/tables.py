@@ -52,7 +52,7 @@ def tables_of(results: Results) -> list[Table]:
         "twice the length of their task's longest right answer."
     )
     tables = [
-        _claims(results),
+        *([_claims(results)] if results["claims"] else []),
         _pretraining(results),
         _fine_tuned(results, "Fine-tuned: the field's metrics", others, legend),
         _fine_tuned(results, "Fine-tuned: loss of the right answers, nats per token", losses, legend),
@@ -61,7 +61,7 @@ def tables_of(results: Results) -> list[Table]:
         _cost(results),
         *(table for claim in results["claims"] for table in _comparisons(claim)),
     ]
-    # What is empty and not waited for was never planned: not every study fine-tunes, or tests a claim.
+    # What is empty and not waited for was never planned: not every study fine-tunes.
     return [table for table in tables if table.lines or results["missing"]]
 
 

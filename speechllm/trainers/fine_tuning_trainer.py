@@ -147,9 +147,10 @@ class FineTuningTrainer(SpeechLLMTrainer):
 
     def _with_noise(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch with random tokens of the LLM in the place of some of the answers' (`answer_noise`); labels stay."""
-        ids, answer = batch["input_ids"], batch["labels"] != -100
-        noisy = answer & (torch.rand(ids.shape, device=ids.device) < self.args.answer_noise)
-        random = torch.randint_like(ids, self.headless.config.text_config.vocab_size)
+        ids, config = batch["input_ids"], self.headless.config
+        noisy = (batch["labels"] != -100) & (torch.rand(ids.shape, device=ids.device) < self.args.answer_noise)
+        random = torch.randint_like(ids, config.text_config.vocab_size)
+        noisy &= random != config.audio_token_id  # within the vocabulary of some LLMs, and there is no audio for it
         return {**batch, "input_ids": torch.where(noisy, random, ids)}
 
     def training_step(self, *positional: Any, **kwargs: Any) -> torch.Tensor:

@@ -118,6 +118,16 @@ def test_noise_replaces_what_is_read_of_the_answers_and_not_what_is_learned(tmp_
         fine_tuning(tmp_path / "other", answer_noise=1)
 
 
+def test_noise_is_never_the_placeholder_of_audio(tmp_path):
+    """Qwen's vocabulary, for one, has room for it: sooner or later it would be drawn, and no audio fit."""
+    trainer = fine_tuning(tmp_path, answer_noise=0.5)
+    config = trainer.speechllm.config
+    config.text_config.vocab_size = config.audio_token_id + 1
+    ids = torch.zeros(64, 1024, dtype=torch.long)
+    noisy = trainer._with_noise({"input_ids": ids, "labels": ids})["input_ids"]
+    assert config.audio_token_id - 1 in noisy and config.audio_token_id not in noisy
+
+
 def test_accumulated_batches_weigh_every_answer_token_alike(tmp_path):
     rows = tiny_rows(8)
     for i, row in enumerate(rows):
