@@ -15,41 +15,37 @@ is computed as GeomLoss 0.3.1 does (`SamplesLoss("sinkhorn", p=2, blur, scaling,
 
 How it is made fast. With F = f - |x|^2 / 2 and G = g - |y|^2 / 2 the exponent is (F_i + G_j + <x_i, y_j>) / eps: no cost
 matrix is formed. The exponential that holds both potentials serves both updates: its row sums correct F, its column
-sums G. Tokens are packed, without padding; rows of a block are the tokens of some texts, columns those of some
-utterances, so sums over sequences, and potentials spread over pairs, are matrix products with 0/1 indicators. What is
-iterated, or passes through several operations, fits the processor's cache. Base 2, because `exp2` is two to three times
-faster than `exp` on CPUs.
+sums G. Products with the tokens' vectors, where most of the time goes, are of packed tokens, without padding. What is
+iterated is a block of a few texts and utterances of similar length, padded, that fits the processor's cache. Base 2,
+because `exp2` is two to three times faster than `exp` on CPUs.
 """
 
 import math
-import sys
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 
-import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
+from .packed_sequences import PADDING, Group, PackedSequences, in_large_blocks
 from .pairwise_transport import (
+    EMPTY_DISTANCE,
     by_autograd,
     check_schedule,
     check_sequences,
     epsilon_schedule,
     exact_matmuls,
     pairwise_sinkhorn_divergence,
-    with_empty,
 )
 
 
 # exp2 is cut off here: results below the normal range slow CPUs down. Sums whose log2 is above SMALLEST_LOG_SUM do not notice.
 LOWEST_EXPONENT = {torch.float32: -72.0, torch.float64: -700.0}
 SMALLEST_LOG_SUM = -48.0
-# Sizes for CPUs, in elements: what passes through several operations, or iterations, stays in a cache of about 1 MB.
-CHUNK = 2**17
-BLOCK = 240_000
-PANEL = 2**20
-LARGE_BLOCK = 2**24  # pairs of tokens, over all layers, in one block on a GPU: 64 MB in float32
+# Sizes for CPUs: what is iterated stays in the cache. A further group must save a sixth of a block's side in padding.
+ROWS, COLUMNS = 384, 768  # tokens of a block
+PANEL = 2**20  # pairs of tokens of a panel
+# On a GPU, few and large blocks, of all layers at once, save kernel launches.
+LARGE_ROWS, LARGE_BLOCK = 1024, 2**25  # tokens; pairs of tokens over all layers, 128 MB in float32
 
 
 def wasserstein_distance_matrix(
@@ -101,121 +97,39 @@ def wasserstein_distance_matrix(
         return by_autograd(pairwise_sinkhorn_divergence, text, text_mask, speech, speech_mask, **options)
 
 
-def in_large_blocks(device: torch.device) -> bool:
-    """Whether few large operations are faster there than many that fit the cache: each costs a launch on a GPU."""
-    return device.type != "cpu"
-
-
-class _Packed:
-    """The valid tokens of a batch of sequences, L2-normalised, one sequence after the other, without padding.
-
-    Distances do not depend on the origin, but products lose fewer digits where all tokens point to one side if it is moved
-    there: to the mean of the tokens, or to that of another side, as both must agree.
-    """
-
-    def __init__(
-        self, states: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype, origin: torch.Tensor | None = None
-    ):
-        self.shape, self.state_dtype = states.shape, states.dtype
-        mask = mask.bool()
-        lengths = mask.sum(-1).tolist()
-        self.kept = [item for item, length in enumerate(lengths) if length]  # sequences that have tokens
-        self.lengths = [lengths[item] for item in self.kept]
-        self.starts = [0, *np.cumsum(self.lengths).tolist()]
-        self.positions = mask.flatten().nonzero().squeeze(1)
-        self.padding = (~mask).flatten().nonzero().squeeze(1)
-        self.sequence_of_token = torch.repeat_interleave(
-            torch.tensor(self.lengths, device=states.device, dtype=torch.long)
-        )
-        self.weights = (1 / torch.tensor(self.lengths, device=states.device, dtype=dtype))[self.sequence_of_token]
-
-        flat = states.reshape(-1, mask.numel(), states.shape[-1])
-        self.units = flat.new_empty(len(flat), len(self.positions), flat.shape[-1], dtype=dtype)  # from the origin
-        self.norms = self.units.new_empty(*self.units.shape[:2], 1)
-        self.half_squares = self.units.new_empty(self.units.shape[:2])
-        for chunk in self._chunks():
-            self.units[:, chunk] = flat.index_select(1, self.positions[chunk])
-            units, norms = self.units[:, chunk], self.norms[:, chunk]
-            torch.linalg.vector_norm(units, dim=-1, keepdim=True, out=norms)
-            units.div_(norms.clamp_(min=1e-12))
-            if origin is not None:
-                self._move_origin(chunk, origin)
-        if origin is None:
-            origin = self.units.mean(1, keepdim=True)
-            for chunk in self._chunks():
-                self._move_origin(chunk, origin)
-        self.origin = origin  # (layers, 1, dim)
-
-    def _chunks(self) -> Iterator[slice]:
-        """Tokens that pass through several operations while they are in the cache; all at once on a GPU."""
-        tokens = max(1, len(self.positions))
-        if not in_large_blocks(self.units.device):
-            tokens = max(1, CHUNK // (len(self.units) * self.units.shape[-1]))
-        return (slice(first, first + tokens) for first in range(0, len(self.positions), tokens))
-
-    def _move_origin(self, chunk: slice, origin: torch.Tensor) -> None:
-        units = self.units[:, chunk].sub_(origin)
-        self.half_squares[:, chunk] = torch.linalg.vecdot(units, units).mul_(0.5)
-
-    def tokens(self, first: int, last: int) -> slice:
-        """Where the tokens of sequences first, ..., last - 1 are."""
-        return slice(self.starts[first], self.starts[last])
-
-    def indicator(self, first: int, last: int) -> torch.Tensor:
-        """(tokens, sequences), 1 where the token belongs to the sequence."""
-        sequences = torch.arange(first, last, device=self.units.device)
-        return (self.sequence_of_token[self.tokens(first, last), None] == sequences).to(self.units.dtype)
-
-    def ranges(self, first: int, last: int, most_sequences: int, most_tokens: int) -> Iterator[tuple[int, int]]:
-        """Divides sequences first, ..., last - 1 into ranges of at most so many of them, and of at most so many tokens if
-        they are more than one."""
-        while first < last:
-            end = first + 1
-            while end < min(last, first + most_sequences) and self.starts[end + 1] - self.starts[first] <= most_tokens:
-                end += 1
-            yield first, end
-            first = end
-
-    def gradient(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Gradient at the unit vectors (overwritten) -> gradient at the states; 0 at padding."""
-        at_states = torch.empty(self.shape, dtype=self.state_dtype, device=gradient.device)
-        flat = at_states.view(-1, math.prod(self.shape[-3:-1]), self.shape[-1])
-        flat.index_fill_(1, self.padding, 0)
-        for chunk in self._chunks():
-            units, at_units = self.units[:, chunk] + self.origin, gradient[:, chunk]
-            radial = torch.linalg.vecdot(at_units, units).unsqueeze(-1)
-            at_units.addcmul_(units, radial, value=-1).div_(self.norms[:, chunk])
-            flat.index_copy_(1, self.positions[chunk], at_units.to(self.state_dtype))
-        return at_states
-
-
 class _SinkhornDivergence(torch.autograd.Function):
     """(layers, B_text, B_speech) divergences, and whether no sum came near the cut-off of the exponent."""
 
     @staticmethod
     def forward(ctx, text, text_mask, speech, speech_mask, epsilons):
         dtype = torch.promote_types(torch.promote_types(text.dtype, speech.dtype), torch.float32)
-        x = _Packed(text, text_mask, dtype)
-        y = _Packed(speech, speech_mask, dtype, x.origin if x.kept else None)
-        needs_text, needs_speech = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-        self_x, ctx.plans_x, stable_x = _self_terms(x, epsilons, needs_text)
-        self_y, ctx.plans_y, stable_y = _self_terms(y, epsilons, needs_speech)
-        values = -self_x.unsqueeze(2) - self_y.unsqueeze(1)
-        stable = stable_x & stable_y
-        ctx.panels = []
-        for layers, texts, utterances in _panels(x, y):
-            panel = _Panel(x, y, layers, texts, utterances)
-            cross, stable_panel = panel.solve(epsilons)
-            values[layers, slice(*texts), slice(*utterances)] += cross
-            stable &= stable_panel
-            if needs_text or needs_speech:
+        most_rows, most_columns = _most_tokens(math.prod(text.shape[:-3]), text.device)
+        price = 1 if in_large_blocks(text.device) else 1 / 6  # of a further group, in its tokens
+        x = PackedSequences(text, text_mask, dtype, most_rows, price * most_rows)
+        y = PackedSequences(
+            speech, speech_mask, dtype, most_columns, price * most_columns, x.origin if x.kept else None
+        )
+        values = x.units.new_zeros(len(x.units), len(x.kept), len(y.kept))
+        stable = torch.ones((), dtype=torch.bool, device=values.device)
+        ctx.x, ctx.y, ctx.panels, ctx.self_x, ctx.self_y = x, y, [], _self_problems(x), _self_problems(y)
+        few = [*ctx.self_x, *ctx.self_y]  # solved with the first panel, if there is one
+        for texts, utterances in _panels(x, y):
+            panel = _Panel(x, y, texts, utterances)
+            stable &= _solve([*panel.blocks, *few], epsilons)
+            for block in panel.blocks:
+                values[:, block.x.sequences, block.y.sequences] += block.value
+            few = []
+            if any(ctx.needs_input_grad):
                 ctx.panels.append(panel)
+        for block in ctx.self_x:
+            values[:, block.x.sequences] -= block.value / 2
+        for block in ctx.self_y:
+            values[:, :, block.x.sequences] -= block.value.mT / 2
         stable &= values.isfinite().all()
-        ctx.x, ctx.y = x, y
         ctx.mark_non_differentiable(stable)
-        return with_empty(values, text_mask, speech_mask).view(
-            *text.shape[:-3], len(text_mask), len(speech_mask)
-        ), stable
+        matrix = values.new_full((len(values), len(text_mask), len(speech_mask)), EMPTY_DISTANCE)
+        matrix[:, torch.tensor(x.kept, dtype=torch.long)[:, None], torch.tensor(y.kept, dtype=torch.long)] = values
+        return matrix.view(*text.shape[:-3], *matrix.shape[1:]), stable
 
     @staticmethod
     @once_differentiable
@@ -225,11 +139,11 @@ class _SinkhornDivergence(torch.autograd.Function):
         with exact_matmuls(gradient.device):
             gradient_x = gradient_y = None
             if ctx.needs_input_grad[0]:
-                gradient_x = _self_gradients(x, ctx.plans_x, gradient.sum(2))
+                gradient_x = _self_gradients(x, ctx.self_x, gradient.sum(2))
             if ctx.needs_input_grad[2]:
-                gradient_y = _self_gradients(y, ctx.plans_y, gradient.sum(1))
+                gradient_y = _self_gradients(y, ctx.self_y, gradient.sum(1))
             for panel in ctx.panels:
-                panel.add_gradients(gradient, gradient_x, gradient_y)
+                panel.add_gradients(x, y, gradient, gradient_x, gradient_y)
             return (
                 None if gradient_x is None else x.gradient(gradient_x),
                 None,
@@ -239,202 +153,176 @@ class _SinkhornDivergence(torch.autograd.Function):
             )
 
 
+class _Block:
+    """Transport problems between sequences of similar length, padded, for some layers.
+
+    Args:
+        gram: (layers, sequences of x, tokens, sequences of y, tokens), inner products.
+        x, y: the sequences; `y` None: each of `x` with itself, so that the sequences of columns are one.
+
+    Solved, `kernel` (in the place of `gram`) holds exp((f_i + g_j - C_ij) / eps) before the last update, and `row_sums`
+    (layers, sequences of x, tokens, sequences of y) and `column_sums` its sums over the other side's tokens, weighted.
+    `value` is <a, F> + <b, G>, (layers, sequences of x, sequences of y).
+    """
+
+    def __init__(self, gram: torch.Tensor, x: Group, y: Group | None):
+        self.kernel, self.x, self.y, self.value = gram, x, y, gram.new_zeros(1, 1, 1)
+        self.row_shape, self.column_shape = gram.shape[:4], (*gram.shape[:2], *gram.shape[3:])
+        self.weights_x = x.weights[:, None]
+        self.weights_y = self.weights_x if y is None else y.weights
+        self.row_potentials = x.potentials.unsqueeze(3).expand(self.row_shape)
+        columns = x.potentials.unsqueeze(2) if y is None else y.potentials.unsqueeze(1)
+        self.column_potentials = columns.expand(self.column_shape)
+        self.row_weights = (self.weights_x.unsqueeze(2) if y is None else y.weights).expand(self.row_shape)
+        self.column_weights = self.weights_x.unsqueeze(2).expand(self.column_shape)
+
+    def plan_of_rows(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The transport plans whose rows sum to the weights of x, each pair's times its (layers, x, y) gradient."""
+        return self.kernel * (self._scale(gradient).unsqueeze(2) / self.row_sums).unsqueeze(4)
+
+    def plan_of_columns(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The same with columns that sum to the weights of y."""
+        return self.kernel * (self._scale(gradient).unsqueeze(3) / self.column_sums).unsqueeze(2)
+
+    def _scale(self, gradient: torch.Tensor) -> torch.Tensor:
+        columns = slice(None) if self.y is None else self.y.sequences
+        return gradient[:, self.x.sequences, columns] * self.weights_x * self.weights_y
+
+    def unpadded(self, values: torch.Tensor) -> torch.Tensor:
+        """(layers, tokens of x, tokens of y)"""
+        return self.x.unpadded(self.y.unpadded(values, 3), 1)
+
+
+def _solve(blocks: list[_Block], epsilons: Sequence[float]) -> torch.Tensor:
+    """Solves the problems of some blocks, step by step; returns whether all are stable.
+
+    Operations on potentials cost their calls: all blocks' are in one tensor. Those on kernels cost their elements: a
+    kernel is in the cache until its sums are taken.
+    """
+    shapes = [shape for block in blocks for shape in (block.row_shape, block.column_shape)]
+    potentials = _joined([side for block in blocks for side in (block.row_potentials, block.column_potentials)])
+    weights = _joined([side for block in blocks for side in (block.row_weights, block.column_weights)])
+    padding = potentials == PADDING
+    bits, sums, lowest = torch.empty_like(potentials), torch.empty_like(potentials), torch.zeros_like(potentials)
+    bits_of, sums_of = _split(bits, shapes), _split(sums, shapes)
+    scratch = bits.new_empty(max(block.kernel.numel() for block in blocks))
+    work = [
+        (
+            block.kernel,
+            scratch[: block.kernel.numel()].view(block.kernel.shape),
+            *(rows.unsqueeze(4), columns.unsqueeze(2)),
+            *(row_sums, column_sums),
+        )
+        for block, rows, columns, row_sums, column_sums in zip(
+            blocks, bits_of[::2], bits_of[1::2], sums_of[::2], sums_of[1::2]
+        )
+    ]
+    lowest_bits, steps = LOWEST_EXPONENT[bits.dtype], _steps(epsilons)
+    for number, (eps, step) in enumerate(steps, 1):
+        to_bits = 1 / (eps * math.log(2))
+        torch.mul(potentials, to_bits, out=bits)
+        for gram, kernel, rows, columns, row_sums, column_sums in work:
+            if number == len(steps):
+                kernel = gram
+            torch.add(rows, gram, alpha=to_bits, out=kernel).add_(columns)
+            if -4 * to_bits < lowest_bits:  # as 0 <= C <= 2, f_i + g_j - C_ij is at least -4
+                kernel.clamp_(min=lowest_bits)
+            kernel.exp2_()
+            torch.sum(kernel, 4, out=row_sums)
+            torch.sum(kernel, 2, out=column_sums)
+        logs = sums.mul_(weights).log2().masked_fill_(padding, 0)
+        torch.minimum(lowest, logs, out=lowest)
+        potentials.sub_(logs, alpha=step / to_bits)
+    values = _split(potentials.masked_fill_(padding, 0), shapes)
+    for i, block in enumerate(blocks):
+        block.row_sums, block.column_sums = sums_of[2 * i], sums_of[2 * i + 1]
+        block.value = values[2 * i].sum(2) * block.weights_x + values[2 * i + 1].sum(3) * block.weights_y
+        del block.row_potentials, block.column_potentials, block.row_weights, block.column_weights
+    return lowest.amin() > SMALLEST_LOG_SUM
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([part.flatten() for part in parts])
+
+
+def _split(joined: torch.Tensor, shapes: list[Sequence[int]]) -> list[torch.Tensor]:
+    return [part.view(shape) for part, shape in zip(joined.split([math.prod(shape) for shape in shapes]), shapes)]
+
+
+def _most_tokens(layers: int, device: torch.device) -> tuple[int, int]:
+    """Rows and columns of a block."""
+    if in_large_blocks(device):
+        return LARGE_ROWS, LARGE_BLOCK // (LARGE_ROWS * max(1, layers))
+    return tuple(round(tokens / math.sqrt(max(1, layers))) for tokens in (ROWS, COLUMNS))
+
+
 def _steps(epsilons: Sequence[float]) -> list[tuple[float, float]]:
     """(eps, how far to go to the new potentials): the start from f = g = 0, the averaged updates, the last one."""
     return [(epsilons[0], 1.0), *((eps, 0.5) for eps in epsilons), (epsilons[-1], 1.0)]
 
 
-def _panels(x: _Packed, y: _Packed) -> list[tuple[slice, tuple[int, int], tuple[int, int]]]:
-    """(layers, first and last text, first and last utterance) of panels that cover all pairs.
-
-    16 columns is what sums over utterances cost at least on a CPU. On a GPU few and large panels, of all layers, save
-    kernel launches.
-    """
-    layers, large = len(x.units), in_large_blocks(x.units.device)
-    # of all layers together: several in one call take no more memory than one
-    width, most_texts, most_elements = (32, 32, LARGE_BLOCK // max(1, layers)) if large else (16, len(x.kept), PANEL)
-    groups = -(-len(y.kept) // width)
-    bounds = [len(y.kept) * group // groups for group in range(groups + 1)] if groups else []
-    layer_slices = [slice(0, layers)] if large else [slice(layer, layer + 1) for layer in range(layers)]
-    return [
-        (layer, texts, utterances)
-        for layer in layer_slices
-        for utterances in pairwise(bounds)
-        for texts in x.ranges(
-            0, len(x.kept), most_texts, most_elements // (y.starts[utterances[1]] - y.starts[utterances[0]])
-        )
-    ]
+def _panels(x: PackedSequences, y: PackedSequences) -> Iterator[tuple[list[Group], list[Group]]]:
+    """Texts and utterances of panels, which cover all pairs."""
+    if in_large_blocks(x.units.device):
+        yield from (([rows], [columns]) for rows in x.groups for columns in y.groups)
+    elif x.groups:
+        most_tokens, some = PANEL // max(1, len(x.units) * x.starts[-1]), []
+        for columns in y.groups:
+            if some and columns.tokens.stop - some[0].tokens.start > most_tokens:
+                yield x.groups, some
+                some = []
+            some.append(columns)
+        if some:
+            yield x.groups, some
 
 
 class _Panel:
-    """The cross problems of some texts (rows: their tokens) with some utterances (columns: their tokens).
+    """The cross problems of some texts (rows) and utterances (columns), which are solved together."""
 
-    Products with the tokens' vectors are of the whole panel. What is iterated stays in the cache of a CPU: blocks of a few
-    texts each.
-    """
+    def __init__(self, x: PackedSequences, y: PackedSequences, texts: list[Group], utterances: list[Group]):
+        self.rows = slice(texts[0].tokens.start, texts[-1].tokens.stop)
+        self.utterances, self.blocks = utterances, []
+        for columns in utterances:
+            gram = torch.bmm(x.units[:, self.rows], y.units[:, columns.tokens].mT)
+            for rows in texts:
+                part = gram[:, rows.tokens.start - self.rows.start : rows.tokens.stop - self.rows.start]
+                self.blocks.append(_Block(columns.padded(rows.padded(part, 1), 3), rows, columns))
 
-    def __init__(self, x: _Packed, y: _Packed, layers: slice, texts: tuple[int, int], utterances: tuple[int, int]):
-        self.x, self.y, self.layers, self.texts, self.utterances = x, y, layers, texts, utterances
-        self.rows, self.columns = x.tokens(*texts), y.tokens(*utterances)
-
-    def solve(self, epsilons: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
-        """<a, F> + <b, G> after the last update, (layers, texts, utterances), and whether it is stable."""
-        gram = torch.bmm(self.x.units[self.layers, self.rows], self.y.units[self.layers, self.columns].mT)
-        self.kernel = gram  # each block overwrites its own part
-        limits = (self.texts[1], sys.maxsize)
-        if not in_large_blocks(gram.device):
-            limits = (4, BLOCK // max(1, gram.shape[2]))
-        self.blocks = [_Block(self, texts) for texts in self.x.ranges(*self.texts, *limits)]
-        values, stable = zip(*(block.solve(epsilons) for block in self.blocks))
-        return torch.cat(values, 1), torch.stack(stable).all()
-
-    def add_gradients(self, gradient, gradient_x, gradient_y):
+    def add_gradients(self, x: PackedSequences, y: PackedSequences, gradient, gradient_x, gradient_y) -> None:
         """Subtract from each token's gradient the barycentre of the other side's tokens under its plan."""
-        gradient = gradient[self.layers, slice(*self.texts), slice(*self.utterances)]
-        plan = torch.empty_like(self.kernel)
-        if gradient_x is not None:
-            for block in self.blocks:
-                block.plan_of_rows(gradient, out=plan[:, block.rows])
-            gradient_x[self.layers, self.rows].baddbmm_(plan, self.y.units[self.layers, self.columns], alpha=-1)
-        if gradient_y is not None:
-            for block in self.blocks:
-                block.plan_of_columns(gradient, out=plan[:, block.rows])
-            gradient_y[self.layers, self.columns].baddbmm_(plan.mT, self.x.units[self.layers, self.rows], alpha=-1)
+        rows = x.units[:, self.rows]
+        for utterances in self.utterances:
+            blocks = [block for block in self.blocks if block.y is utterances]
+            columns = y.units[:, utterances.tokens]
+            if gradient_x is not None:
+                plan = torch.cat([block.unpadded(block.plan_of_rows(gradient)) for block in blocks], 1)
+                gradient_x[:, self.rows].baddbmm_(plan, columns, alpha=-1)
+            if gradient_y is not None:
+                plan = torch.cat([block.unpadded(block.plan_of_columns(gradient)) for block in blocks], 1)
+                gradient_y[:, utterances.tokens].baddbmm_(plan.mT, rows, alpha=-1)
 
 
-class _Block:
-    """Some texts of a panel, with all its utterances."""
-
-    def __init__(self, panel: _Panel, texts: tuple[int, int]):
-        x, y, layers, tokens = panel.x, panel.y, panel.layers, panel.x.tokens(*texts)
-        self.texts = slice(texts[0] - panel.texts[0], texts[1] - panel.texts[0])  # of the panel's
-        self.rows = slice(tokens.start - panel.rows.start, tokens.stop - panel.rows.start)
-        self.kernel = panel.kernel[:, self.rows]  # <x_i, y_j> until it is solved
-        self.half_squares = x.half_squares[layers, tokens], y.half_squares[layers, panel.columns]
-        self.weights_x, self.weights_y = x.weights[tokens, None], y.weights[panel.columns]
-        self.in_text, self.in_utterance = x.indicator(*texts), y.indicator(*panel.utterances)
-        self.text_of_row = x.sequence_of_token[tokens] - panel.texts[0]
-        self.utterance_of_column = y.sequence_of_token[panel.columns] - panel.utterances[0]
-
-    def solve(self, epsilons: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
-        in_text, in_utterance, gram = self.in_text, self.in_utterance, self.kernel
-        layers, texts, utterances = len(gram), in_text.shape[1], in_utterance.shape[1]
-        # [F | in_text] @ [in_utterance^T ; G] = F_i + G_j, for the pair that i and j belong to
-        left = gram.new_empty(layers, len(in_text), utterances + texts)
-        right = gram.new_empty(layers, utterances + texts, len(in_utterance))
-        left[:, :, utterances:], right[:, :utterances] = in_text, in_utterance.T
-        potential_x, potential_y = left[:, :, :utterances], right[:, utterances:]
-        potential_x.copy_(-self.half_squares[0].unsqueeze(2))
-        potential_y.copy_(-self.half_squares[1].unsqueeze(1))
-
-        mean_x = (in_text * self.weights_x).T.expand(layers, -1, -1)  # (layers, texts, rows)
-        mean_y = in_utterance * self.weights_y[:, None]  # (columns, utterances)
-        mean_y = F.pad(mean_y, (0, max(0, 16 - utterances)))  # narrower products are slower on CPUs
-        mean_y = mean_y.expand(layers, -1, -1)
-
-        kernel = torch.empty_like(gram)
-        lowest_row, lowest_column = gram.new_full((), math.inf), gram.new_full((), math.inf)
-        for eps, step in _steps(epsilons):
-            to_bits = 1 / (eps * math.log(2))
-            torch.baddbmm(gram, left, right, beta=to_bits, alpha=to_bits, out=kernel)
-            _exp2_(kernel, eps)
-            row_sums = torch.bmm(kernel, mean_y)[:, :, :utterances]
-            column_sums = torch.bmm(mean_x, kernel)
-            row_logs, column_logs = row_sums.log2(), column_sums.log2()
-            lowest_row, lowest_column = torch.minimum(lowest_row, row_logs), torch.minimum(lowest_column, column_logs)
-            potential_x.add_(row_logs, alpha=-step / to_bits)
-            potential_y.add_(column_logs, alpha=-step / to_bits)
-        self.kernel.copy_(kernel)
-        self.row_sums, self.column_sums = row_sums, column_sums
-        value = torch.bmm(mean_x, potential_x) + torch.bmm(potential_y, mean_y)[:, :, :utterances]
-        return value, torch.minimum(lowest_row.amin(), lowest_column.amin()) > SMALLEST_LOG_SUM
-
-    def plan_of_rows(self, gradient: torch.Tensor, out: torch.Tensor) -> None:
-        """The transport plan whose rows sum to the texts' weights, each pair's times its gradient."""
-        scale = gradient[:, self.text_of_row] * self.weights_x / self.row_sums  # (layers, rows, utterances)
-        spread = (self.in_utterance.T * self.weights_y).expand(len(scale), -1, -1)
-        torch.bmm(scale, spread, out=out).mul_(self.kernel)
-
-    def plan_of_columns(self, gradient: torch.Tensor, out: torch.Tensor) -> None:
-        """The same with columns that sum to the utterances' weights."""
-        scale = gradient[:, self.texts, self.utterance_of_column]  # (layers, texts, columns)
-        scale = scale * self.weights_y / self.column_sums
-        spread = (self.in_text * self.weights_x).expand(len(scale), -1, -1)
-        torch.bmm(spread, scale, out=out).mul_(self.kernel)
+def _self_problems(packed: PackedSequences) -> list[_Block]:
+    """The problems of each sequence with itself."""
+    units, blocks = packed.units, []
+    for group in packed.groups:
+        longest = group.lengths[-1]
+        gram = units.new_zeros(len(units), len(group.lengths), longest, 1, longest)
+        for i, (tokens, length) in enumerate(zip(group.tokens_of_sequences(), group.lengths)):
+            gram[:, i, :length, 0, :length] = torch.bmm(units[:, tokens], units[:, tokens].mT)
+        blocks.append(_Block(gram, group, None))
+    return blocks
 
 
-def _exp2_(bits: torch.Tensor, eps: float) -> torch.Tensor:
-    """2 to the power of exponents at this eps, in place, cut off below.
-
-    As 0 <= C <= 2, potentials vary by at most 2 and f_i + g_j >= -2: no exponent is below -4 / eps nats.
-    """
-    floor = LOWEST_EXPONENT[bits.dtype]
-    if -4 / (eps * math.log(2)) < floor:
-        bits.clamp_(min=floor)
-    return bits.exp2_()
-
-
-def _self_terms(packed: _Packed, epsilons: Sequence[float], needs_gradient: bool):
-    """The problems of each sequence with itself, once per sequence; one potential, as they are symmetric.
-
-    Sequences of similar length are padded to one batch, but for the matrix products.
-
-    Returns:
-        <a, F> (layers, sequences), the sequences' plans if needed (item -> (layers, length, length), rows sum to 1), and
-        whether all is stable.
-    """
-    units = packed.units
-    values = units.new_empty(len(units), len(packed.lengths))
-    plans = {}
-    stable = torch.ones((), dtype=torch.bool, device=units.device)
-    most_elements = LARGE_BLOCK // max(1, len(units)) if in_large_blocks(units.device) else BLOCK // 2
-    for items in _similar_lengths(packed.lengths, most_elements):
-        lengths, longest = [packed.lengths[item] for item in items], packed.lengths[items[0]]
-        gram = units.new_full((len(units), len(items), longest, longest), -1e6)  # padding weighs nothing
-        potential = units.new_zeros(len(units), len(items), longest)
-        for i, (item, length) in enumerate(zip(items, lengths)):
-            tokens = packed.tokens(item, item + 1)
-            gram[:, i, :length, :length] = torch.bmm(units[:, tokens], units[:, tokens].mT)
-            potential[:, i, :length] = -packed.half_squares[:, tokens]
-        log_weights = -units.new_tensor(lengths).log2()[:, None]
-        kernel = torch.empty_like(gram)
-        lowest = gram.new_full((), math.inf)
-        for eps, step in _steps(epsilons):
-            to_bits = 1 / (eps * math.log(2))
-            torch.add(gram, potential.unsqueeze(-1), out=kernel).add_(potential.unsqueeze(-2)).mul_(to_bits)
-            sums = kernel.clamp_(min=LOWEST_EXPONENT[gram.dtype]).exp2_().sum(-1)
-            logs = sums.log2().add_(log_weights)
-            lowest = torch.minimum(lowest, logs)
-            potential.add_(logs, alpha=-step / to_bits)
-        stable &= (
-            torch.stack([lowest[:, i, :length].amin() for i, length in enumerate(lengths)]).amin() > SMALLEST_LOG_SUM
-        )
-        kernel.div_(sums.unsqueeze(-1))
-        for i, (item, length) in enumerate(zip(items, lengths)):
-            values[:, item] = potential[:, i, :length].mean(-1)
-            if needs_gradient:
-                plans[item] = kernel[:, i, :length, :length]
-    return values, plans, stable
-
-
-def _self_gradients(packed: _Packed, plans: dict[int, torch.Tensor], gradient: torch.Tensor) -> torch.Tensor:
-    """The part of the self terms, whose second argument is a constant, as it is in the cross terms: (layers, tokens, dim),
-    each token's barycentre under its plan times its weight and its sequence's (layers, sequences) gradient."""
-    found = torch.empty_like(packed.units)
-    for item, plan in plans.items():
-        tokens = packed.tokens(item, item + 1)
-        scaled = plan * (gradient[:, item] / packed.lengths[item])[:, None, None]
-        torch.bmm(scaled, packed.units[:, tokens], out=found[:, tokens])
+def _self_gradients(packed: PackedSequences, blocks: list[_Block], gradient: torch.Tensor) -> torch.Tensor:
+    """The part of the self terms, whose second argument is a constant, as it is in the cross terms: each token's barycentre
+    under its plan times its weight and its sequence's (layers, sequences) gradient. (layers, tokens + 1, dim), the last
+    row 0."""
+    layers, count, dim = packed.units.shape
+    found = packed.units.new_empty(layers, count + 1, dim)
+    found[:, -1] = 0
+    for block in blocks:
+        plans = block.plan_of_rows(gradient.unsqueeze(2))
+        for i, (tokens, length) in enumerate(zip(block.x.tokens_of_sequences(), block.x.lengths)):
+            torch.bmm(plans[:, i, :length, 0, :length], packed.units[:, tokens], out=found[:, tokens])
     return found
-
-
-def _similar_lengths(lengths: Sequence[int], most_elements: int) -> list[list[int]]:
-    """Items in batches, longest first; in a batch none is shorter than 0.6 times the longest."""
-    batches: list[list[int]] = []
-    for item in sorted(range(len(lengths)), key=lambda item: -lengths[item]):
-        longest = lengths[batches[-1][0]] if batches else 0
-        if batches and lengths[item] >= 0.6 * longest and (len(batches[-1]) + 1) * longest**2 <= most_elements:
-            batches[-1].append(item)
-        else:
-            batches.append([item])
-    return batches
