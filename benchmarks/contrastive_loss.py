@@ -4,7 +4,7 @@ Every method computes the distances of B texts (8 to 40 tokens) and B utterances
 their sum at the utterances; the texts need none, as in pretraining. The methods take turns, so that a busy machine slows
 all of them, and the fastest of equally many runs counts.
 
-    ours            wasserstein_distance_matrix
+    ours            wasserstein_distance_matrix, all layers in one call, as the loss calls it
     products alone  the matrix products that ours cannot do without, over valid tokens only
     GeomLoss loop   one SamplesLoss call for each pair, as the paper's code has it (with the diameter given)
     POT loop        one ot.emd2 call for each pair: exact transport, another quantity
@@ -31,6 +31,7 @@ from geomloss import SamplesLoss
 from torch.nn import functional as F
 
 from speechllm.objectives import cosine_similarity_matrix, wasserstein_distance_matrix
+from speechllm.objectives.layers import layer_similarities, negative_wasserstein
 
 
 BLUR = 0.05
@@ -51,6 +52,14 @@ def random_sides(batch: int, dim: int, device: str, seed: int = 0, dtype: torch.
         states = torch.randn(batch, int(lengths.max()), dim, generator=generator)
         sides += [states.to(device, dtype), (torch.arange(states.shape[1]) < lengths[:, None]).to(device)]
     return tuple(sides)
+
+
+def random_layers(batch: int, dim: int, layers: int, device: str, dtype: torch.dtype) -> list[Sides]:
+    """States of several layers, which share their masks."""
+    text, text_mask, speech, speech_mask = random_sides(batch, dim, device, dtype=dtype)
+    torch.manual_seed(0)
+    further = [(torch.randn_like(text), text_mask, torch.randn_like(speech), speech_mask) for _ in range(layers - 1)]
+    return [(text, text_mask, speech, speech_mask), *further]
 
 
 # ---- methods: functions of the sides -> (B_text, B_speech) ------------------------------------------------------------
@@ -96,6 +105,19 @@ def step(method: Callable, layers: list[Sides]) -> Callable[[], None]:
         for text, text_mask, speech, speech_mask in layers:
             speech = speech.detach().requires_grad_()
             method(text, text_mask, speech, speech_mask).sum().backward()
+
+    return run
+
+
+def step_together(layers: list[Sides]) -> Callable[[], None]:
+    """Forward and backward of ours, all layers in one call, as `layerwise_contrastive_loss` has it."""
+    text_mask, speech_mask = layers[0][1::2]
+    states = {layer: sides[::2] for layer, sides in enumerate(layers)}
+
+    def run():
+        speech = {layer: utterances.detach().requires_grad_() for layer, (_, utterances) in states.items()}
+        texts = {layer: texts for layer, (texts, _) in states.items()}
+        layer_similarities(negative_wasserstein, (texts, text_mask), (speech, speech_mask)).sum().backward()
 
     return run
 
@@ -174,9 +196,9 @@ def _report_growth(sender, name: str, batch: int, dim: int) -> None:
 
 
 def measure(batch: int, dim: int, layers: int, device: str, dtype: torch.dtype, quick: bool) -> dict:
-    sides = [random_sides(batch, dim, device, seed, dtype) for seed in range(layers)]
+    sides = random_layers(batch, dim, layers, device, dtype)
     methods = {
-        "ours": step(wasserstein_distance_matrix, sides),
+        "ours": step_together(sides),
         "products alone": products_alone(sides),
         "GeomLoss loop": step(GEOMLOSS, sides),
     }
@@ -222,7 +244,7 @@ def _flash_sinkhorn() -> Callable | None:
 
 
 def measure_cosine(batch: int, dim: int, layers: int, device: str, dtype: torch.dtype, quick: bool) -> dict:
-    sides = [random_sides(batch, dim, device, seed, dtype) for seed in range(layers)]
+    sides = random_layers(batch, dim, layers, device, dtype)
     methods = {"ours": step(cosine_similarity_matrix, sides), "by sequence": step(cosine_by_sequence, sides)}
     times = fastest(methods, 5 if quick else 30, device)
     ratios = {"by sequence": ratio(times["by sequence"] / times["ours"], COSINE_TARGET)}
