@@ -41,8 +41,18 @@ from ..synthesis.variants import spoken_traits, trait_rows
 SMALL = Path("data/small")  # where the recipes look
 DATA = Path("data/reproduction")
 PRETRAINING, PRETRAINING_TEST = DATA / "pretraining.jsonl", DATA / "pretraining-test.jsonl"
-TRAITS = DATA / "traits.jsonl"  # to probe for
+TRAITS = DATA / "traits-of-24-voices.jsonl"  # to probe for
 PROBED_TEXTS = 40
+# Of each gender two speak in every text, by turns: enough speakers to ask whether gender is told of ones never heard.
+PROBED_VOICES = (
+    *("flite:slt", "espeak-ng:en-us+f1", "espeak-ng:en-gb+f2", "espeak-ng:en-us+f3", "espeak-ng:en-gb+f4"),
+    *("espeak-ng:en-us+f5", "espeak-ng:en-gb+Alicia", "espeak-ng:en-us+Annie", "espeak-ng:en-gb+anika"),
+    *("espeak-ng:en-us+aunty", "espeak-ng:en-gb+belinda", "espeak-ng:en-us+grandma"),
+    *("flite:rms", "flite:awb", "espeak-ng:en-us+m1", "espeak-ng:en-gb+m2", "espeak-ng:en-us+m3", "espeak-ng:en-gb+m4"),
+    *("espeak-ng:en-us+m7", "espeak-ng:en-gb+m8", "espeak-ng:en-us+Andy", "espeak-ng:en-gb+Denis"),
+    *("espeak-ng:en-us+antonio", "espeak-ng:en-gb+miguel"),
+)
+TURNS = 6
 LANGUAGES_OWN, LANGUAGES_ENGLISH = DATA / "languages-own.jsonl", DATA / "languages-english.jsonl"
 PASSAGES = {"train": 600, "test": 80}
 VOICES = ("flite:slt", "flite:rms")
@@ -137,13 +147,14 @@ def prepare_languages(source: str = "auto") -> None:
 def prepare_probing() -> None:
     """Write the recordings that are probed, with the labels' columns."""
     if not TRAITS.is_file():
-        traits = spoken_traits(progress=False)
-        _write(TRAITS, by_turns([*traits["test"], *sorted(traits["train"], key=lambda row: row["text"])], PROBED_TEXTS))
+        traits = spoken_traits(PROBED_TEXTS - 10, 10, parse_voices(PROBED_VOICES), progress=False)
+        rows = [*traits["test"], *sorted(traits["train"], key=itemgetter("text"))]
+        _write(TRAITS, by_turns(rows, PROBED_TEXTS, TURNS))
 
 
-def by_turns(rows: list[Row], texts: int) -> list[Row]:
-    """Of so many texts, the recordings by every second voice of each gender, by turns: of equally many recordings, more
-    texts for the words and as many voices for what is said of them."""
+def by_turns(rows: list[Row], texts: int, turns: int) -> list[Row]:
+    """Of so many texts, the recordings by every `turns`-th voice of each gender, by turns: of equally many recordings, more
+    texts for the words and more voices for what is said of them."""
     by_text: dict[str, list[Row]] = {}
     for row in rows:
         by_text.setdefault(row["text"], []).append(row)
@@ -157,7 +168,7 @@ def by_turns(rows: list[Row], texts: int) -> list[Row]:
         row
         for number, of_text in enumerate(list(by_text.values())[:texts])
         for row in sorted(of_text, key=itemgetter("gender"))
-        if places[row["speaker"]] % 2 == number % 2
+        if places[row["speaker"]] % turns == number % turns
     ]
 
 

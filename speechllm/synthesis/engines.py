@@ -32,6 +32,13 @@ TEMPLATES = {
     "espeak-ng": "espeak-ng -v {voice} -s {words_per_minute} -w {wav} -- {text}",
 }
 FLITE_GENDERS = {"slt": "female", "rms": "male", "awb": "male", "kal16": "male", "kal": "male"}
+# As the variants' own files say; beside these `f1`, ..., `m8`.
+ESPEAK_VARIANTS = {
+    **dict.fromkeys(("Alicia", "Andrea", "Annie", "anika", "aunty", "belinda", "grandma", "linda", "steph"), "female"),
+    **dict.fromkeys(
+        ("Andy", "Denis", "Diogo", "Henrique", "Hugo", "Lee", "antonio", "michel", "miguel", "sandro"), "male"
+    ),
+}
 DEFAULT_VOICES = {"flite": ("slt", "rms", "awb"), "espeak-ng": ("en-us+f3", "en-us+m3", "en-gb+f2", "en-gb+m1")}
 NORMAL_PACE = 175  # words per minute, espeak-ng's
 TIME_LIMIT = 120  # seconds for one text
@@ -157,7 +164,7 @@ def default_engine() -> str:
 def parse_voices(names: Sequence[str], own: bool = False) -> list[Voice]:
     """Voices from their names, `engine:name` or, for a command of one's own, `name` or `name=gender`.
 
-    flite's voices and espeak-ng's variants (`+f1` to `+f5`, `+m1` to `+m8`) have a known gender.
+    flite's voices and espeak-ng's variants (`+f1` to `+f5`, `+m1` to `+m8`, `+Annie`, ...) have a known gender.
 
     Raises:
         SynthesisError: a name is malformed, given twice, or a gender is neither "female" nor "male".
@@ -181,8 +188,11 @@ def parse_voices(names: Sequence[str], own: bool = False) -> list[Voice]:
 def _known_gender(engine: str, name: str) -> str | None:
     if engine == "flite":
         return FLITE_GENDERS.get(name)
-    variant = re.search(r"\+([fm])\d$", name) if engine == "espeak-ng" else None
-    return {"f": "female", "m": "male"}[variant[1]] if variant else None
+    if engine != "espeak-ng":
+        return None
+    variant = name.partition("+")[2]
+    numbered = re.fullmatch(r"([fm])\d", variant)
+    return {"f": "female", "m": "male"}[numbered[1]] if numbered else ESPEAK_VARIANTS.get(variant)
 
 
 def default_voices(engine: str) -> list[Voice]:

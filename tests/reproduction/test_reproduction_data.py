@@ -2,7 +2,10 @@
 
 from collections import Counter
 
-from speechllm.reproduction.data import by_turns, fraction, mixture, test_rows
+import pytest
+
+from speechllm.reproduction.data import PROBED_VOICES, TURNS, by_turns, fraction, mixture, test_rows
+from speechllm.synthesis.engines import parse_voices
 
 
 def rows(count):
@@ -47,8 +50,9 @@ def test_rows_of_the_test_are_drawn_once_for_all():
     assert chosen == test_rows(rows(60), {"sqa": 5, "st": 100, "asr": 10})
 
 
-def test_voices_take_turns():
-    """Each voice speaks of every second text, and each text is spoken by as many of both genders."""
+@pytest.mark.parametrize("turns", [2, 4])
+def test_voices_take_turns(turns):
+    """Each voice speaks of as many texts, and each text is spoken by as many of both genders."""
     voices = [("female", name) for name in "abcd"] + [("male", name) for name in "efgh"]
     recordings = [
         {"text": f"text {i}", "gender": gender, "speaker": speaker, "rate": rate}
@@ -56,10 +60,15 @@ def test_voices_take_turns():
         for gender, speaker in voices
         for rate in (0.7, 1.0)
     ]
-    chosen = by_turns(recordings, 4)
-    assert Counter(row["speaker"] for row in chosen) == dict.fromkeys("abcdefgh", 4)
+    chosen = by_turns(recordings, 4, turns)
+    assert Counter(row["speaker"] for row in chosen) == dict.fromkeys("abcdefgh", 8 // turns)
     counts = Counter((row["text"], row["gender"]) for row in chosen)
-    assert counts == {(f"text {i}", gender): 4 for i in range(4) for gender in ("female", "male")}
+    assert counts == {(f"text {i}", gender): 8 // turns for i in range(4) for gender in ("female", "male")}
+
+
+def test_as_many_probed_voices_of_each_gender_take_equal_turns():
+    genders = Counter(voice.gender for voice in parse_voices(PROBED_VOICES))
+    assert genders == {"female": 12, "male": 12} and 12 % TURNS == 0
 
 
 test_rows.__test__ = False  # the function under test is not a test
