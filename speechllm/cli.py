@@ -288,9 +288,17 @@ def reproduce(arguments: list[str]) -> None:
     parser.add_argument("--publish", help="folder to copy the report's page and plots to")
     parser.add_argument("--report-only", action="store_true", help="run nothing, report on what is there")
     parser.add_argument("--recipes", default="recipes", help="the repository's folder of recipes")
+    comet = parser.add_argument_group(
+        "COMET", "scores translations too, in its own environment, when all runs are done"
+    )
+    comet.add_argument("--comet", action="store_true", help="do (`speechllm evaluate --comet_install` makes one)")
+    comet.add_argument("--comet-python", help="the Python of another environment that has COMET")
+    comet.add_argument("--comet-model", help="a name on the Hub (default: Unbabel/wmt22-comet-da), or a .ckpt file")
+    comet.add_argument("--comet-gpus", type=int, help="how many it uses (default: 0, the CPU)")
     options = parser.parse_args(arguments)
     from .reproduction.command import reproduce as run
 
+    settings = {name: getattr(options, f"comet_{name}") for name in ("python", "model", "gpus")}
     complete = run(
         options.scale,
         Path(options.output),
@@ -302,6 +310,7 @@ def reproduce(arguments: list[str]) -> None:
         publish=Path(options.publish) if options.publish else None,
         report_only=options.report_only,
         jobs=options.jobs,
+        comet={name: value for name, value in settings.items() if value is not None} if options.comet else None,
         recipes=Path(options.recipes),
     )
     if not complete:

@@ -3,8 +3,11 @@
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
+from ..evaluation.metrics.comet import find_environment
 from ..recipes import UsageError
+from .comet import score_translations
 from .data import prepare_fine_tuning, prepare_languages, prepare_pretraining, prepare_probing
 from .plan import Cell, Scale, plan
 from .report import Report
@@ -25,6 +28,7 @@ def reproduce(
     publish: Path | None = None,
     report_only: bool = False,
     jobs: int = 1,
+    comet: dict[str, Any] | None = None,
     recipes: Path = Path("recipes"),
 ) -> bool:
     """Run what is missing of a scale's cells, and report; whether nothing failed.
@@ -36,11 +40,15 @@ def reproduce(
         publish: folder to which the report's page and plots are copied, under the scale's (and the study's) name.
         report_only: run nothing; report on what is there.
         jobs: cells to run at a time, each in a process with its share of the processors.
+        comet: score translations by COMET too, with these options of `comet_score`.
         recipes: the repository's folder of recipes.
 
     Raises:
         UsageError: if the recipes are not there, or there is no such row or study.
+        CometUnavailable: if COMET is asked for and cannot run; before anything else is run, as far as that can be told.
     """
+    if comet is not None:
+        find_environment(comet.get("python"))
     scale = SCALES[scale_name]
     if study is not None:
         scale = scale_of(scale, study)
@@ -68,6 +76,8 @@ def reproduce(
     name = "results" if study is None else f"study-{study}"
     report = Report(scale, cells, output, shlex.join(command), name)
     complete = report_only or Runner(cells, output, report.write, jobs=jobs).run()
+    if comet is not None:
+        score_translations(cells, output, **comet)
     report.write()
     if publish is not None:
         publish_report(report, publish, "-".join(filter(None, [scale.name, study])))

@@ -6,6 +6,7 @@ rarely right, and the loss still tells how far from right they are.
 
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ MEASURES = (
     Measure("asr", "wer", "ASR WER %", False, factor=100, decides=True),
     Measure("st", "bleu", "ST BLEU", True, decides=True),
     Measure("st", "chrf++", "ST chrF++", True),
+    Measure("st", "comet", "ST COMET", True, factor=100),
     Measure("sqa", "f1", "SQA F1", True, decides=True),
     Measure("sqa", "exact_match", "SQA EM", True),
     Measure("traits", "accuracy", "traits accuracy %", True, factor=100, decides=True),
@@ -56,9 +58,15 @@ def read_predictions(path: Path) -> list[Prediction]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def metrics_of(predictions: list[Prediction]) -> dict[tuple[str, str], CorpusMetric]:
+def metrics_of(
+    predictions: list[Prediction], comet: Mapping[str, float] | None = None
+) -> dict[tuple[str, str], CorpusMetric]:
     """(task, metric) -> the metric, with recordings (or passages) as its units, in an order that depends on the test rows
-    alone."""
+    alone.
+
+    Args:
+        comet: row id -> COMET of its translation, if they were scored; rows without a score count nothing.
+    """
     by_task = defaultdict(list)
     for prediction in sorted(predictions, key=lambda prediction: prediction["id"]):
         by_task[prediction["task"]].append(prediction)
@@ -70,6 +78,9 @@ def metrics_of(predictions: list[Prediction]) -> dict[tuple[str, str], CorpusMet
             for trait in {row["trait"] for row in rows}:
                 asked = np.array([row["trait"] == trait for row in rows], dtype=float)
                 metrics[trait] = CorpusMetric(np.stack([right * asked, count * asked], 1), _ratio)
+        if task == "st" and comet:
+            scored = [[comet.get(row["id"], 0.0), float(row["id"] in comet)] for row in rows]
+            metrics["comet"] = CorpusMetric(np.array(scored), _ratio)
         metrics["loss"] = CorpusMetric(np.array([[row["loss"], row["tokens"]] for row in rows]), _ratio)
         found |= {(task, name): metric.grouped([row["speech"] for row in rows]) for name, metric in metrics.items()}
     return found

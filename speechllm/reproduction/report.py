@@ -15,6 +15,7 @@ from ..evaluation import plots
 from ..evaluation.metrics.resampling import CorpusMetric
 from ..evaluation.page import inline_plot, render, strict_json, write_whole
 from .claims import Cells, claims_of, decodability, verdicts
+from .comet import comet_scores
 from .intervals import Estimate, difference, mean_over_seeds
 from .measures import MEASURES, Measure, metrics_of, read_predictions
 from .plan import Cell, Scale, with_starts
@@ -41,7 +42,7 @@ class Report:
         self.scale, self.cells, self.output, self.name = scale, cells, output, name
         self.plots = "plots" if name == "results" else f"plots-{name}"
         self.command = command
-        self._scored: dict[str, dict[tuple[str, str], CorpusMetric]] = {}
+        self._scored: dict[tuple[str, bool], dict[tuple[str, str], CorpusMetric]] = {}
 
     def write(self) -> dict[str, Any]:
         results = strict_json(self.results())
@@ -82,9 +83,12 @@ class Report:
         return [decodability(probes)] if any(row.probed for row in self.scale.rows) else []
 
     def _metrics(self, cell: Cell) -> dict[tuple[str, str], CorpusMetric]:
-        if cell.hash not in self._scored:
-            self._scored[cell.hash] = metrics_of(read_predictions(self.output / cell.name / PREDICTIONS))
-        return self._scored[cell.hash]
+        folder = self.output / cell.name
+        comet = comet_scores(folder)
+        key = (cell.hash, bool(comet))
+        if key not in self._scored:
+            self._scored[key] = metrics_of(read_predictions(folder / PREDICTIONS), comet)
+        return self._scored[key]
 
     def _row(self, row: str, found: dict[Cell, dict[str, Any]], tested: Cells) -> dict[str, Any]:
         pretrained = [cell for cell in found if cell.row == row and cell.stage == "pretraining"]

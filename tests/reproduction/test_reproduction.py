@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import soundfile
 import yaml
+from evaluation.test_metrics_comet import python as comet_python  # noqa: F401 (a fixture)
 from tiny_training import save_base_models, tiny_rows
 
+from speechllm.evaluation.metrics.comet import CometUnavailable
 from speechllm.recipes import UsageError, parse_settings
 from speechllm.reproduction.claims import claims_of
 from speechllm.reproduction.command import publish_report, reproduce
@@ -409,6 +411,34 @@ def test_claims_compare_what_the_scale_runs(name):
     cells = {(cell.row, cell.percent) for cell in plan(SCALES[name], RECIPES)}
     assert {cell for c in compared for cell in ((c.row, c.percent), (c.other, c.other_percent))} <= cells
     assert {c.task for c in compared} == {*SCALES[name].tasks} or name == "paper"
+
+
+def test_comet_scores_translations_when_all_is_run(world, finished, tmp_path, comet_python, monkeypatch, capsys):  # noqa: F811
+    cells, output = finished[0], shutil.copytree(finished[1], tmp_path / "run")
+    monkeypatch.setattr("speechllm.reproduction.command.SCALES", {"test": SCALE})
+    (tmp_path / "model.ckpt").touch()
+    options = {"report_only": True, "recipes": world / "recipes", "rows": ["none", "contr-cos-all"]}
+    with pytest.raises(CometUnavailable, match="there is no .*nowhere"):
+        reproduce("test", output, comet={"python": tmp_path / "nowhere"}, **options)
+    assert "ST COMET" not in (output / "results.md").read_text()
+    comet = {"python": comet_python, "model": str(tmp_path / "model.ckpt"), "gpus": 2}
+    assert reproduce("test", output, comet=comet, **options)
+    tested = [cell for cell in cells if cell.stage == "fine-tuning"]
+    assert f"reads {2 * len(tested)} translations" in capsys.readouterr().out
+    report = json.loads((output / "results.json").read_text())
+    for row, found in report["rows"].items():
+        for percent, cell in found["fine_tuning"].items():
+            scores = [
+                score
+                for one in tested
+                if (one.row, str(one.percent)) == (row, percent)
+                for score in json.loads((output / one.name / "comet.json").read_text())["scores"].values()
+            ]
+            assert cell["measures"]["st comet"]["value"] == pytest.approx(100 * sum(scores) / len(scores))
+            assert min(scores) >= 2  # the stand-in adds the number of GPUs
+    assert "ST COMET" in (output / "results.md").read_text()
+    reproduce("test", output, comet=comet, **options)
+    assert "translations" not in capsys.readouterr().out  # they have their scores
 
 
 def test_publish(finished, tmp_path):
