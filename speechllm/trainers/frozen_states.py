@@ -6,6 +6,8 @@ are computed as in training, under autocast.
 
 import hashlib
 import json
+import socket
+import uuid
 
 import torch
 from accelerate import PartialState
@@ -53,6 +55,29 @@ def frame_cache(
     return FeatureCache(folder, depends_on)
 
 
+def check_shared(cache: FeatureCache) -> None:
+    """Make sure that every process sees the files of all others: each fills its share of the cache and reads all of it.
+
+    Raises:
+        OSError: on every process, if one does not.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return
+    mark = cache.folder / f".process-{state.process_index}-{uuid.uuid4().hex}"
+    mark.touch()
+    marks = gather_object([mark.name])  # all have been written when one is read
+    unseen = [process for process, name in enumerate(marks) if not (cache.folder / name).exists()]
+    found = gather_object([(socket.gethostname(), unseen)])
+    mark.unlink()
+    for process, (host, others) in enumerate(found):
+        if others:
+            raise OSError(
+                f"Process {process} on {host} does not see in {cache.folder} what process(es) {others} wrote there. Put the "
+                "cache into a folder that all machines share (`feature_cache`, `text_state_cache`), or do without it."
+            )
+
+
 @torch.no_grad()
 def fill_frame_cache(
     cache: FeatureCache,
@@ -61,7 +86,12 @@ def fill_frame_cache(
     processor: SpeechLLMProcessor,
     mixed_precision: str = "no",
 ) -> list[SetAside]:
-    """Encode every utterance that the cache lacks. Returns those that cannot be used."""
+    """Encode every utterance that the cache lacks. Returns those that cannot be used.
+
+    Raises:
+        OSError: if the processes do not share the folder, or it cannot be written.
+    """
+    check_shared(cache)
     state = PartialState()
     device = model.speech_encoder.device
     set_aside, missing = [], {}  # missing: key -> the rows with that recording
@@ -142,7 +172,11 @@ def fill_text_state_cache(
     """Compute the states of every transcript that the cache lacks, in batches of transcripts of similar length.
 
     An item's tensors are `layer_<l>`: (tokens, dim), or (1, dim) in float32 where they are pooled.
+
+    Raises:
+        OSError: if the processes do not share the folder, or it cannot be written.
     """
+    check_shared(cache)
     state = PartialState()
     texts = sorted({row["text"] for row in items.rows})
     missing = [text for text in texts[state.process_index :: state.num_processes] if text_key(text) not in cache]

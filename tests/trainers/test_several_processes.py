@@ -1,5 +1,7 @@
 """Two processes with four utterances each train as one with eight does."""
 
+import re
+
 import pytest
 import torch
 from filelock import FileLock
@@ -7,6 +9,9 @@ from tiny_training import weights_of
 from two_processes import RUNS, run, run_sharded, run_twice
 
 from speechllm import SpeechLLMForConditionalGeneration
+
+
+UNLIKE_ONE = ("per device", "not finite", "own caches", "own text caches")
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +25,7 @@ def two(tmp_path_factory, worker_id):
     return torch.load(shared, weights_only=False)
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name not in ("per device", "not finite")])
+@pytest.mark.parametrize("name", [name for name in RUNS if name not in UNLIKE_ONE])
 def test_two_processes_train_as_one(name, two, tmp_path):
     one = run(name, tmp_path)
     for found in two:
@@ -59,4 +64,13 @@ def test_every_process_says_what_is_not_finite(two):
     for found in two:
         assert (
             "on process 1: the similarities at layer 2 are not finite: text items [1]" in found["not finite"]["error"]
+        )
+
+
+@pytest.mark.parametrize("name", ["own caches", "own text caches"])
+def test_every_process_says_that_a_cache_is_not_shared(name, two):
+    """It would encode alone what is missing from its cache, which FSDP2 waits for in vain."""
+    for found in two:
+        assert re.search(
+            r"Process 0 on \S+ does not see in .*/cache of [01]/.* process\(es\) \[1\] wrote", found[name]["error"]
         )

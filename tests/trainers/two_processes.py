@@ -58,6 +58,8 @@ RUNS = {
     "terms unusable": {"rows": uneven_rows, "unusable": [1, 4, 5, 6, 7], "contrastive_weight": 0.0, **TERMS},
     "per device": {"gather_negatives": False},
     "not finite": {"not_finite": [5]},
+    "own caches": {"own": "feature_cache"},  # as on two machines that share no folder
+    "own text caches": {"own": "text_state_cache"},
 }
 
 
@@ -71,6 +73,8 @@ def run(name, folder, processes=1):
         "length_window": 0,
         **RUNS[name],
     }
+    if own := options.pop("own", None):
+        options[own] = str(folder / f"cache of {PartialState().process_index}")
     unusable, not_finite = options.pop("unusable", []), options.pop("not_finite", [])
     rows = options.pop("rows", tiny_rows)(8 if unusable or not_finite else 24)
     if unusable or not_finite:
@@ -93,12 +97,12 @@ def run(name, folder, processes=1):
             return output
 
         model.model.register_forward_hook(break_states, with_kwargs=True)
-    trainer = contrastive(folder / "run", model, rows, per_device_train_batch_size=8 // processes, **options)
-    watch = Watch(trainer)
-    trainer.add_callback(watch)
     try:
+        trainer = contrastive(folder / "run", model, rows, per_device_train_batch_size=8 // processes, **options)
+        watch = Watch(trainer)
+        trainer.add_callback(watch)
         trainer.train()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return {"error": str(error)}
     logs = [log for log in trainer.state.log_history if "loss" in log]
     return {
