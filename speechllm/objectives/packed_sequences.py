@@ -1,5 +1,6 @@
 """Sequences without padding, for products with their vectors, and in padded groups of similar length, for what is iterated."""
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -50,7 +51,7 @@ class PackedSequences:
         self.place = positions.new_full((mask.numel(),), len(positions))  # of each token; padding: after the last one
         self.place[positions] = torch.arange(len(positions), device=mask.device)
 
-        flat = states.reshape(-1, mask.numel(), states.shape[-1])
+        flat = states.reshape(math.prod(states.shape[:-3]), mask.numel(), states.shape[-1])
         self.units = flat.new_empty(len(flat), len(positions), flat.shape[-1], dtype=dtype)  # from the origin
         self.norms = self.units.new_empty(*self.units.shape[:2], 1)
         self.half_squares = self.units.new_empty(self.units.shape[:2])

@@ -111,8 +111,9 @@ class _SinkhornDivergence(torch.autograd.Function):
         )
         values = x.units.new_zeros(len(x.units), len(x.kept), len(y.kept))
         stable = torch.ones((), dtype=torch.bool, device=values.device)
-        ctx.x, ctx.y, ctx.panels, ctx.self_x, ctx.self_y = x, y, [], _self_problems(x), _self_problems(y)
-        few = [*ctx.self_x, *ctx.self_y]  # solved with the first panel, if there is one
+        ctx.x, ctx.y, ctx.panels = x, y, []
+        ctx.self_x, ctx.self_y = (_self_problems(side) if x.kept and y.kept else [] for side in (x, y))
+        few = [*ctx.self_x, *ctx.self_y]  # solved with the first panel
         for texts, utterances in _panels(x, y):
             panel = _Panel(x, y, texts, utterances)
             stable &= _solve([*panel.blocks, *few], epsilons)
@@ -135,7 +136,7 @@ class _SinkhornDivergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient, _):
         x, y = ctx.x, ctx.y
-        gradient = gradient.reshape(-1, *gradient.shape[-2:])[:, x.kept][:, :, y.kept].to(x.units.dtype)
+        gradient = gradient.reshape(len(x.units), *gradient.shape[-2:])[:, x.kept][:, :, y.kept].to(x.units.dtype)
         with exact_matmuls(gradient.device):
             gradient_x = gradient_y = None
             if ctx.needs_input_grad[0]:
@@ -166,7 +167,7 @@ class _Block:
     """
 
     def __init__(self, gram: torch.Tensor, x: Group, y: Group | None):
-        self.kernel, self.x, self.y, self.value = gram, x, y, gram.new_zeros(1, 1, 1)
+        self.kernel, self.x, self.y = gram, x, y
         self.row_shape, self.column_shape = gram.shape[:4], (*gram.shape[:2], *gram.shape[3:])
         self.weights_x = x.weights[:, None]
         self.weights_y = self.weights_x if y is None else y.weights
@@ -319,6 +320,8 @@ def _self_gradients(packed: PackedSequences, blocks: list[_Block], gradient: tor
     under its plan times its weight and its sequence's (layers, sequences) gradient. (layers, tokens + 1, dim), the last
     row 0."""
     layers, count, dim = packed.units.shape
+    if not blocks:  # the other side has no tokens
+        return packed.units.new_zeros(layers, count + 1, dim)
     found = packed.units.new_empty(layers, count + 1, dim)
     found[:, -1] = 0
     for block in blocks:

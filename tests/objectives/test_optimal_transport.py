@@ -328,6 +328,16 @@ def test_empty_sequences_and_single_tokens(distance, lengths):
             assert gradient.isfinite().all() and (gradient[~mask] == 0).all()
 
 
+@pytest.mark.parametrize("lengths", [((3, 2), (0, 0)), ((0, 0), (4, 5)), ((0, 0), (0, 0)), ((), (4, 5)), ((3, 2), ())])
+def test_a_side_without_any_token_has_no_gradient(lengths):
+    text, speech = (torch.randn(len(side), 6, 8, requires_grad=True) for side in lengths)
+    masks = [torch.arange(6) < torch.tensor(side).view(-1, 1) for side in lengths]
+    matrix = wasserstein_distance_matrix(text, masks[0], speech, masks[1])
+    assert matrix.shape == (len(text), len(speech)) and (matrix == 1).all()
+    for gradient in torch.autograd.grad(matrix.sum(), (text, speech)):
+        assert (gradient == 0).all()
+
+
 def test_single_tokens_are_at_one_minus_their_cosine():
     text, speech = torch.randn(3, 1, 8), torch.randn(4, 1, 8)
     masks = torch.ones(3, 1), torch.ones(4, 1)
