@@ -10,8 +10,10 @@
 
 import json
 import logging
+import os
 import shutil
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from operator import itemgetter
@@ -22,6 +24,8 @@ import torch
 from accelerate.utils import gather_object
 from datasets import IterableDataset
 from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
@@ -38,7 +42,7 @@ from ..processing_speechllm import SpeechLLMProcessor
 from ..saving import explained_saving
 from .dashboards import use_dashboards
 from .frozen_states import fill_frame_cache, frame_cache
-from .pushing import PushingTrainer
+from .zero import ZeroTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -69,6 +73,10 @@ class SpeechLLMTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        # `accelerate launch` has told DeepSpeed its precision, which refuses arguments that do not repeat it.
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not (self.bf16 or self.fp16):
+            self.bf16, self.fp16 = launched == "bf16", launched == "fp16"
         super().__post_init__()
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must stay False: the data's columns are not the model's inputs.")
@@ -87,7 +95,7 @@ class EpochOfSampler(TrainerCallback):
             self.trainer.batch_sampler.set_epoch(int(state.epoch or 0))
 
 
-class SpeechLLMTrainer(PushingTrainer):
+class SpeechLLMTrainer(ZeroTrainer):
     """Base of `ContrastiveTrainer` and `FineTuningTrainer`.
 
     Args:
@@ -185,6 +193,21 @@ class SpeechLLMTrainer(PushingTrainer):
         """The bare model without its head, unwrapped."""
         return getattr(self.speechllm, "model", self.speechllm)
 
+    @contextmanager
+    def computing(self, frozen: nn.Module) -> Iterator[None]:
+        """Have a frozen part on the device while it fills a cache: under FSDP2 and DeepSpeed, `Trainer` leaves the model
+        where it is until training begins."""
+        weight = next(frozen.parameters())
+        waiting = (self.is_fsdp_enabled or self.is_deepspeed_enabled) and weight.device.type == "cpu"
+        waiting = waiting and not isinstance(weight, DTensor)  # split already, and not to be moved
+        if waiting:
+            frozen.to(self.args.device)
+        try:
+            yield
+        finally:
+            if waiting:
+                frozen.to("cpu")
+
     def _frame_cache(self) -> FeatureCache:
         if not self.headless.config.freeze_speech_encoder or self.headless.config.frozen_in_train_mode:
             raise ValueError("feature_cache needs a speech encoder that is frozen and in evaluation mode.")
@@ -199,7 +222,8 @@ class SpeechLLMTrainer(PushingTrainer):
         rows = [row for row in rows if row["id"] not in names]
         if self.frames is not None and rows:
             precision = self.args.mixed_precision
-            unhearable = fill_frame_cache(self.frames, rows, self.headless, self.processing_class, precision)
+            with self.computing(self.headless.speech_encoder):
+                unhearable = fill_frame_cache(self.frames, rows, self.headless, self.processing_class, precision)
             aside += unhearable
             names = {item.id for item in unhearable}
             rows = [row for row in rows if row["id"] not in names]
@@ -431,7 +455,10 @@ class SpeechLLMTrainer(PushingTrainer):
             self.speechllm.load_trained_adapter(folder / ADAPTER_FOLDER)
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint, self.model)
+        if self.is_deepspeed_enabled:  # which has the weights in float32 to restore too
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint, self.model)
 
 
 def _check_stream_settings(args: SpeechLLMTrainingArguments) -> None:

@@ -145,7 +145,8 @@ class ContrastiveTrainer(SpeechLLMTrainer):
         )
         if self.text_states is not None:
             precision = self.args.mixed_precision
-            fill_text_state_cache(self.text_states, items, self.headless, self.all_layers, self.pooled, precision)
+            with self.computing(self.headless.language_model):
+                fill_text_state_cache(self.text_states, items, self.headless, self.all_layers, self.pooled, precision)
         return items
 
     def _cached_text_tokens(self) -> int:

@@ -66,9 +66,13 @@ class LearnedScalars(TrainerCallback):
         if several_processes():
             dist.all_reduce(gradient)
             gradient /= dist.get_world_size()
-        if self.trainer.accelerator.scaler is not None:  # float16: losses are scaled
-            gradient /= self.trainer.accelerator.scaler.get_scale()
-        if gradient.isfinite().all():  # as the model's optimiser, which skips a step that overflowed
+        accelerator, skipped = self.trainer.accelerator, False
+        if accelerator.scaler is not None:  # float16: losses are scaled
+            gradient /= accelerator.scaler.get_scale()
+        elif self.trainer.is_deepspeed_enabled:  # which scales losses itself, and has made its step by now
+            gradient /= getattr(self.trainer.deepspeed.optimizer, "cur_scale", 1.0)
+            skipped = accelerator.optimizer_step_was_skipped
+        if gradient.isfinite().all() and not skipped:  # as the model's optimiser, which skips a step that overflowed
             for parameter, value in zip(self.parameters.values(), gradient):
                 parameter.grad = value.clone()
             self.optimizer.param_groups[0]["lr"] = self.trainer._get_learning_rate()

@@ -93,6 +93,9 @@ class ObjectiveTerms:
         if not self.reading:
             return
         trainer.speechllm.head.to(trainer.args.device)
+        if trainer.is_deepspeed_enabled and trainer.args.mixed_precision in ("bf16", "fp16"):
+            # DeepSpeed knows no autocast: it gives the module that it wraps this dtype, and so must the head have it.
+            trainer.speechllm.head.to(trainer.accelerator.state.deepspeed_plugin.hf_ds_config.dtype())
         if trainer.args.world_size > 1 and any(p.requires_grad for p in trainer.headless.language_model.parameters()):
             raise ValueError(
                 f"{self.reading[0]}_weight on several processes needs a frozen LLM: the gradient of its weights would not "

@@ -181,12 +181,56 @@ def run_sharded(folder, processes=1):
     return found
 
 
+def run_zero(folder, processes=1):
+    """Both stages by DeepSpeed's ZeRO-2, at once and resumed from half-way: losses, and where `save_model` saved."""
+    common = {"learning_rate": 1e-3, "warmup_steps": 1, "length_window": 0, "max_steps": 4, "max_grad_norm": 0.5,
+              "per_device_train_batch_size": 8 // processes, "per_device_eval_batch_size": 1}  # fmt: skip
+    pretraining = {"layers": "0,2", "symmetric": True}
+
+    def train(name, make, part, resume=None, rows=tiny_rows, **options):
+        if processes > 1:
+            options["deepspeed"] = {
+                "zero_optimization": {"stage": 2},
+                "bf16": {"enabled": "auto"},
+                **dict.fromkeys(("train_micro_batch_size_per_gpu", "train_batch_size"), "auto"),
+                **dict.fromkeys(("gradient_accumulation_steps", "gradient_clipping"), "auto"),
+            }
+        torch.manual_seed(0)
+        model = tiny_trainable("llama-untied" if name == "head" else "llama-tied")
+        trainer = make(folder / name / part, model, rows(24), rows(32)[28:], **{**common, **options})
+        trainer.train(resume_from_checkpoint=resume)
+        assert processes == 1 or type(trainer.model_wrapped).__name__ == "DeepSpeedEngine"
+        return trainer
+
+    found = {}
+    for name, make, options in (
+        ("learned", contrastive, {**pretraining, "temperature_learned": True, "layer_weights": "learned"}),
+        ("accumulated", contrastive, {**pretraining, "gradient_accumulation_steps": 2}),
+        ("terms", contrastive, {**pretraining, "rows": with_silence, **TERMS}),
+        ("lora", fine_tuning, {"lora_rank": 4, "rows": with_silence}),
+        ("llm", fine_tuning, {"train_llm": True, "rows": with_silence}),
+        ("head", contrastive, {**pretraining, "rows": uneven_rows, "bf16": True, **TERMS}),
+        ("bf16", fine_tuning, {"lora_rank": 4, "rows": with_silence, "bf16": True}),
+    ):
+        whole = train(name, make, "whole", save_strategy="steps", save_steps=2, **options)
+        evaluation = whole.evaluate()
+        whole.save_model(str(folder / name / "saved"))
+        resumed = train(name, make, "resumed", str(folder / name / "whole" / "checkpoint-2"), **options)
+        found[name] = {
+            "losses": [log["loss"] for log in whole.state.log_history if "loss" in log],
+            "resumed": [log["loss"] for log in resumed.state.log_history if "loss" in log],
+            "evaluation": {metric: value for metric, value in evaluation.items() if re.search("loss|rank", metric)},
+        }
+    return found
+
+
 def start(rank, folder, names, port):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     AcceleratorState._reset_state(reset_partial_state=True)  # of the process that this one is a copy of
-    found = {name: run_sharded(folder, 2) if name == "sharded" else run(name, folder, 2) for name in names}
+    groups = {"sharded": run_sharded, "zero": run_zero}
+    found = {name: groups[name](folder, 2) if name in groups else run(name, folder, 2) for name in names}
     torch.save(found, folder / f"{rank}.pt")
 
 
