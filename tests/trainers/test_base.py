@@ -141,11 +141,3 @@ def test_processes_share_evaluation(count, sharded, batches, tmp_path, monkeypat
     assert [len(share) for share in shares] == batches
     assert sorted(row for share in shares for batch in share for row in batch) == list(range(count))
     assert max(len(batch) for share in shares for batch in share) <= 2
-
-
-@pytest.mark.parametrize("precision", ["bf16", "no"])
-def test_under_deepspeed_arguments_have_the_precision_of_the_launcher(precision, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
-    arguments = ContrastiveArguments(output_dir=str(tmp_path), use_cpu=True)
-    assert arguments.bf16 == (precision == "bf16") and not arguments.fp16

@@ -12,6 +12,7 @@ from tiny_training import weights_of
 from two_processes import run_twice, run_zero
 
 from speechllm import SpeechLLMForConditionalGeneration
+from speechllm.trainers import ContrastiveArguments
 
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is no dependency: it is built from source (docstring)")
@@ -61,3 +62,11 @@ def test_checkpoints_hold_trained_weights_only(runs):
     assert names and not [
         name for name in names if ".base_layer." in name or (name.endswith("dense.weight") and "speech_encoder" in name)
     ]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+def test_arguments_have_the_precision_of_the_launcher(precision, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    arguments = ContrastiveArguments(output_dir=str(tmp_path), use_cpu=True)
+    assert arguments.bf16 == (precision == "bf16") and not arguments.fp16
