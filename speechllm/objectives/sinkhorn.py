@@ -112,8 +112,8 @@ class _SinkhornDivergence(torch.autograd.Function):
         values = x.units.new_zeros(len(x.units), len(x.kept), len(y.kept))
         stable = torch.ones((), dtype=torch.bool, device=values.device)
         ctx.x, ctx.y, ctx.panels = x, y, []
-        ctx.self_x, ctx.self_y = (_self_problems(side) if x.kept and y.kept else [] for side in (x, y))
-        few = [*ctx.self_x, *ctx.self_y]  # solved with the first panel
+        self_x, self_y = (_self_problems(side) if x.kept and y.kept else [] for side in (x, y))
+        few = [*self_x, *self_y]  # solved with the first panel
         for texts, utterances in _panels(x, y):
             panel = _Panel(x, y, texts, utterances)
             stable &= _solve([*panel.blocks, *few], epsilons)
@@ -122,10 +122,11 @@ class _SinkhornDivergence(torch.autograd.Function):
             few = []
             if any(ctx.needs_input_grad):
                 ctx.panels.append(panel)
-        for block in ctx.self_x:
+        for block in self_x:
             values[:, block.x.sequences] -= block.value / 2
-        for block in ctx.self_y:
+        for block in self_y:
             values[:, :, block.x.sequences] -= block.value.mT / 2
+        ctx.self_x, ctx.self_y = self_x if ctx.needs_input_grad[0] else [], self_y if ctx.needs_input_grad[2] else []
         stable &= values.isfinite().all()
         ctx.mark_non_differentiable(stable)
         matrix = values.new_full((len(values), len(text_mask), len(speech_mask)), EMPTY_DISTANCE)
