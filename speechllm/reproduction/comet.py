@@ -28,7 +28,7 @@ def comet_scores(folder: Path, model: str | None = None) -> dict[str, float]:
 
 
 def score_translations(cells: Iterable[Cell], output: Path, *, model: str = MODEL, **options: Any) -> None:
-    """Write the scores of all finished cells that have translations with a transcript, and no scores of this model.
+    """Write the scores of all finished cells that have translations with transcript and reference, and no scores of this model.
 
     Args:
         output: the run's folder.
@@ -43,11 +43,12 @@ def score_translations(cells: Iterable[Cell], output: Path, *, model: str = MODE
         if comet_scores(folder, model):
             continue
         for row in read_predictions(folder / PREDICTIONS):
-            if row["task"] == "st" and row.get("text"):
+            if row["task"] == "st" and row.get("text") and row.get("target"):
                 name = f"{folder.name} {row['id']}"
                 asked.append({"folder": folder, "row": row["id"], **row, "id": name})
                 predictions[name] = row["prediction"]
     if not asked:
+        print("COMET has nothing new to read: no cell here translates, or all have their scores", flush=True)
         return
     print(f"COMET ({model}) reads {len(asked)} translations", flush=True)
     scores = comet_score(asked, predictions, model=model, **options)["comet_scores"]

@@ -76,9 +76,11 @@ def reproduce(
     name = "results" if study is None else f"study-{study}"
     report = Report(scale, cells, output, shlex.join(command), name)
     complete = report_only or Runner(cells, output, report.write, jobs=jobs).run()
-    if comet is not None:
-        score_translations(cells, output, **comet)
-    report.write()
+    try:
+        if comet is not None:
+            score_translations(cells, output, **comet)
+    finally:  # a failing COMET does not cost the other metrics
+        report.write()
     if publish is not None:
         publish_report(report, publish, "-".join(filter(None, [scale.name, study])))
     return complete

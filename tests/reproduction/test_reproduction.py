@@ -438,7 +438,11 @@ def test_comet_scores_translations_when_all_is_run(world, finished, tmp_path, co
             assert min(scores) >= 2  # the stand-in adds the number of GPUs
     assert "ST COMET" in (output / "results.md").read_text()
     reproduce("test", output, comet=comet, **options)
-    assert "translations" not in capsys.readouterr().out  # they have their scores
+    assert "nothing new to read" in capsys.readouterr().out  # they have their scores
+    (output / "results.md").unlink()
+    with pytest.raises(CometUnavailable, match="COMET failed with the model 'elsewhere'"):
+        reproduce("test", output, comet={**comet, "model": "elsewhere"}, **options)
+    assert "ST COMET" in (output / "results.md").read_text()  # a failing COMET costs nothing that is there
 
 
 def test_publish(finished, tmp_path):
