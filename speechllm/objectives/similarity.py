@@ -9,21 +9,24 @@ import torch
 from torch.nn import functional as F
 
 
-class _WeightedSum(torch.autograd.Function):
-    """(batch, length) weights and (batch, length, dim) states -> (batch, dim). The gradient at the states is a scaled copy
-    of the incoming one for every token; taken as the matrix product that autograd makes of it, it costs three times as
-    much. The weights have none."""
+class _MaskedMean(torch.autograd.Function):
+    """`masked_mean`. Forward, the rows of each sequence are a bag of an embedding table: the padding is never read. The
+    gradient at the states is a scaled copy of the incoming one for every token; taken as `embedding_bag`'s own, it is
+    gathered row by row."""
 
     @staticmethod
-    def forward(ctx, weights: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(weights)
-        with torch.autocast(states.device.type, enabled=False):  # it would take the product in bfloat16
-            return torch.bmm(weights[:, None], states)[:, 0]
+    def forward(ctx, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        lengths = mask.sum(1)
+        ctx.save_for_backward(mask, lengths)
+        valid = mask.flatten().nonzero()[:, 0]
+        sums = F.embedding_bag(valid, states.flatten(0, 1), lengths.cumsum(0) - lengths, mode="sum")
+        return sums / lengths.clamp(min=1)[:, None]
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[None, torch.Tensor]:
-        (weights,) = ctx.saved_tensors
-        return None, weights[:, :, None] * gradient[:, None]
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        mask, lengths = ctx.saved_tensors
+        shares = gradient / lengths.clamp(min=1)[:, None]
+        return mask[:, :, None] * shares[:, None], None
 
 
 def masked_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -36,14 +39,7 @@ def masked_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     Returns:
         (batch, dim); zeros for a sequence without valid tokens.
     """
-    dtype = torch.promote_types(states.dtype, torch.float32)
-    mask, states = mask.bool(), states.to(dtype)
-    weights = mask.to(dtype) / mask.sum(-1, keepdim=True).clamp(min=1)
-    mean = _WeightedSum.apply(weights, states)
-    # The padding may hold 0 x NaN: only then is a copy without it worth its time.
-    if not mean.detach().sum().isfinite():
-        mean = _WeightedSum.apply(weights, states.masked_fill(~mask[:, :, None], 0))
-    return mean
+    return _MaskedMean.apply(states.to(torch.promote_types(states.dtype, torch.float32)), mask.bool())
 
 
 def cosine_similarity_matrix(
