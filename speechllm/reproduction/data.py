@@ -32,9 +32,9 @@ from ..evaluation.page import write_whole
 from ..quickstart.asterisk_prompts import LANGUAGES
 from ..quickstart.small_data import write_small_data
 from ..synthesis.engines import parse_voices
-from ..synthesis.passages import generate_passages
+from ..synthesis.passages import Passage, generate_passages
 from ..synthesis.speaking import synthesise
-from ..synthesis.spoken_questions import spoken_question_answering
+from ..synthesis.spoken_questions import candidates, spoken_question_answering
 from ..synthesis.variants import spoken_traits, trait_rows
 
 
@@ -55,6 +55,7 @@ PROBED_VOICES = (
 TURNS = 6
 LANGUAGES_OWN, LANGUAGES_ENGLISH = DATA / "languages-own.jsonl", DATA / "languages-english.jsonl"
 PASSAGES = {"train": 600, "test": 80}
+QUESTIONS = {"train": 240, "test": 60}  # passages with questions
 VOICES = ("flite:slt", "flite:rms")
 LONGEST, LONGEST_JOINED = 8.0, 6.0  # seconds of a fine-tuning row
 
@@ -79,12 +80,9 @@ def prepare_pretraining(source: str = "auto") -> None:
 
 
 def spoken_passages() -> dict[str, list[Row]]:
-    """Passages of the kind that questions are asked about, each in one voice; no two facts that stand together in a test
-    passage do so in a training passage."""
-    test = generate_passages(PASSAGES["test"], "pretraining test")
-    texts = {"test": test, "train": generate_passages(PASSAGES["train"], "pretraining", apart_from=test)}
+    """Passages of the kind that questions are asked about, each in one voice."""
     spoken = {}
-    for part, some in texts.items():
+    for part, some in passages().items():
         rows = [{"id": f"passage {part} {i}", "text": passage.text} for i, passage in enumerate(some)]
         folder = cache_directory() / "synthesis" / f"tiny-passages-{part}"
         made = synthesise(rows, folder, parse_voices(VOICES), takes=1, progress=False).rows
@@ -102,6 +100,18 @@ def spoken_passages() -> dict[str, list[Row]]:
     return spoken
 
 
+def passages() -> dict[str, list[Passage]]:
+    """Those without questions; "train" apart from all that recognition or answers may be tested on."""
+    test = generate_passages(PASSAGES["test"], "pretraining test")
+    tested = [*test, *candidates(QUESTIONS["test"], "test")]
+    return {"train": generate_passages(PASSAGES["train"], "pretraining", apart_from=tested), "test": test}
+
+
+def questions() -> dict[str, list[Row]]:
+    """The questions and the passages that they are about, spoken; "train" apart from both tests' passages."""
+    return spoken_question_answering(**QUESTIONS, apart_from=passages()["test"], progress=False)
+
+
 def prepare_fine_tuning(scale: str, tasks: Mapping[str, tuple[int, int]], fractions: Iterable[int]) -> None:
     """Write what is missing of a scale's manifests of fine-tuning.
 
@@ -111,10 +121,10 @@ def prepare_fine_tuning(scale: str, tasks: Mapping[str, tuple[int, int]], fracti
     missing = [percent for percent in fractions if not train_manifest(scale, percent).is_file()]
     if not missing and test_manifest(scale).is_file():
         return
-    rows, questions, traits = {}, spoken_question_answering(progress=False), spoken_traits(progress=False)
+    rows, asked, traits = {}, questions(), spoken_traits(progress=False)
     for part, transcribed in (("train", PRETRAINING), ("test", PRETRAINING_TEST)):
         translated = [row for row in load_rows(SMALL / f"{part}-tasks.jsonl") if row["task"] == "st"]
-        rows[part] = [*load_rows(transcribed), *translated, *questions[part], *trait_rows(traits[part])]
+        rows[part] = [*load_rows(transcribed), *translated, *asked[part], *trait_rows(traits[part])]
     to_train, to_test = ({task: counts[i] for task, counts in tasks.items()} for i in range(2))
     for percent in missing:
         _write(train_manifest(scale, percent), mixture(fraction(rows["train"], percent), to_train))

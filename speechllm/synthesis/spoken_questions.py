@@ -67,6 +67,7 @@ def spoken_question_answering(
     llm: str | os.PathLike | None = None,
     *,
     seed: int = 0,
+    apart_from: Sequence[Passage] = (),
     workers: int | None = None,
     progress: bool = True,
 ) -> dict[str, list[Row]]:
@@ -77,6 +78,7 @@ def spoken_question_answering(
         voices: of which each passage is spoken in one; default: a woman's and a man's of flite.
         llm: folder or Hub id of the LLM; default: SmolLM2-135M-Instruct.
         seed: of passages and voices.
+        apart_from: passages of another test, of which no two slot values stand together in one of "train" either.
         workers: engines that run at once; default: one per core.
         progress: show bars.
 
@@ -93,12 +95,15 @@ def spoken_question_answering(
     model = str(llm or smollm2_135m_instruct())
     provenance = {"format": FORMAT, "train": train, "test": test, "seed": seed, "llm": Path(model).name,
                   "voices": [str(voice) for voice in voices]}  # fmt: skip
+    if apart_from:
+        provenance["apart from"] = [passage.text for passage in apart_from]
 
     def build(folder: Path) -> None:
         answerer = Answerer(model)
-        passages, rows = _answerable(test, "test", seed, (), answerer, folder / "test", progress)
+        passages, rows = _answerable(test, "test", candidates(test, "test", seed), answerer, folder / "test", progress)
         _speak(rows, voices, folder / "test", seed, workers, progress)
-        _, rows = _answerable(train, "train", seed, passages, answerer, folder / "train", progress)
+        passages = candidates(train, "train", seed, [*passages, *apart_from])
+        _, rows = _answerable(train, "train", passages, answerer, folder / "train", progress)
         _speak(rows, voices, folder / "train", seed, workers, progress)
 
     key = hashlib.sha256(json.dumps(provenance).encode()).hexdigest()[:12]
@@ -154,14 +159,18 @@ class Answerer:
         return [text.strip().partition("\n")[0] for text in decoded]
 
 
+def candidates(count: int, split: str, seed: int = 0, apart_from: Sequence[Passage] = ()) -> list[Passage]:
+    """What `count` passages of a split ("train", "test") are chosen from: more than are wanted, as the LLM answers no question
+    on some of them."""
+    return generate_passages(4 * count, f"{split} {seed}", apart_from)
+
+
 def _answerable(
-    count: int, split: str, seed: int, apart_from: Sequence[Passage], answerer: Answerer, folder: Path, progress: bool
+    count: int, split: str, candidates: Sequence[Passage], answerer: Answerer, folder: Path, progress: bool
 ) -> tuple[list[Passage], list[Row]]:
-    """The first `count` passages of a split that have a question which the LLM answers, and the rows of those
+    """The first `count` passages of a split's candidates that have a question which the LLM answers, and the rows of those
     questions. Every answer goes to `answers.jsonl`, with `correct`; what an earlier run wrote there is not asked again."""
     known = load_answers(folder / "answers.jsonl")
-    # More than are wanted, as some passages have no such question; they are tried in turn until there are enough.
-    candidates = generate_passages(4 * count, f"{split} {seed}", apart_from)
     kept, rows, answered = [], [], []
     with tqdm(total=count, desc=f"Passages for {split}", unit="passage", disable=not progress) as bar:
         for start in range(0, len(candidates), BATCH):
@@ -189,8 +198,8 @@ def _answerable(
 
 def load_answers(path: Path) -> dict[str, str]:
     """Question's id -> the LLM's answer; none without the file."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return {row["id"]: row["answer"] for row in map(json.loads, lines)}
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []  # strings may hold other line breaks
+    return {row["id"]: row["answer"] for row in map(json.loads, filter(None, lines))}
 
 
 def _speak(

@@ -4,8 +4,10 @@ from collections import Counter
 
 import pytest
 
-from speechllm.reproduction.data import PROBED_VOICES, TURNS, by_turns, fraction, mixture, test_rows
+from speechllm.reproduction import data
+from speechllm.reproduction.data import PROBED_VOICES, TURNS, by_turns, fraction, mixture, passages, test_rows
 from speechllm.synthesis.engines import parse_voices
+from speechllm.synthesis.spoken_questions import candidates
 
 
 def rows(count):
@@ -72,3 +74,18 @@ def test_as_many_probed_voices_of_each_gender_take_equal_turns():
 
 
 test_rows.__test__ = False  # the function under test is not a test
+
+
+def test_what_is_tested_is_not_heard_in_training(monkeypatch):
+    """No two facts that stand together in a passage of a test do so in one that is trained on, with questions or without."""
+
+    def spoken_question_answering(train, test, apart_from, progress):
+        about = candidates(test, "test")[:test]
+        return {"test": about, "train": candidates(train, "train", apart_from=[*about, *apart_from])}
+
+    monkeypatch.setattr(data, "spoken_question_answering", spoken_question_answering)  # without asking and speaking
+    read, asked = passages(), data.questions()
+    tested = frozenset().union(*(passage.pairs for passage in [*read["test"], *asked["test"]]))
+    trained = [*read["train"], *asked["train"]]
+    assert (len(read["train"]), len(read["test"])) == (600, 80)
+    assert not [passage for passage in trained if passage.pairs & tested]

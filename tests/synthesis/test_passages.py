@@ -10,7 +10,7 @@ from tiny_training import save_base_models
 from speechllm import CheckpointError
 from speechllm.data.prompts import chat_of
 from speechllm.synthesis.passages import TEMPLATES, WORDS, generate_passages, question_rows
-from speechllm.synthesis.spoken_questions import Answerer, _answerable
+from speechllm.synthesis.spoken_questions import Answerer, _answerable, candidates
 
 
 def test_every_answer_stands_in_its_passage_and_not_in_its_question():
@@ -74,7 +74,7 @@ def test_answers_of_an_interrupted_run_are_not_asked_again(tmp_path):
             raise RuntimeError("out of memory")
         return answerer(rows)
 
-    arguments = (60, "train", 0, ())
+    arguments = (60, "train", candidates(60, "train"))
     with pytest.raises(RuntimeError, match="out of memory"):
         _answerable(*arguments, interrupted, tmp_path, progress=False)
     first = {*asked}
