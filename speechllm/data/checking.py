@@ -3,7 +3,7 @@
 Corpora are never as clean as their papers say. A row is set aside, with the reason, where
 
 * its audio is missing, empty, or (where the audio is looked into) cannot be decoded,
-* its transcript is empty, or what its task needs as the answer is missing,
+* its transcript is empty, or what its task needs as the answer is missing or not in its form,
 * its task has no instruction and neither has the row,
 * a row of the same source has the same id, audio, task and answer already (a duplicate).
 
@@ -18,16 +18,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import soundfile
 
 from ..audio_speechllm import AudioError, load_audio, read_bytes
 from .prompts import prompt_of
-from .schema import ManifestError, Row, SetAside, audio_paths, with_ids
+from .schema import ManifestError, Row, SetAside, audio_paths, gender_pairs, with_ids
 
 
 THREADS = 8  # that read headers and decode audio; soundfile does both outside of Python's lock
 EXAMPLES = 1  # that a report shows of each cause
-TEXTS = ("text", "target", "question", "prompt")  # columns
+TEXTS, LISTS = ("text", "target", "question", "prompt"), ("answers", "choices")  # columns
 
 
 @dataclass
@@ -114,14 +115,20 @@ def check_rows(rows: Iterable[Row | SetAside], name: str, strict: bool = False, 
 def with_target(row: Row) -> Row:
     """The row with a list of `answers`, for which one answer or SQuAD's dictionary may stand, and the first as `target`.
     Numbers stand for texts too: JSON has 42 where a transcript or an answer is "42"."""
-    row = {**row, **{name: str(row[name]) for name in TEXTS if type(row.get(name)) in (int, float)}}
+    row = {**row, **{name: _text(row[name]) for name in TEXTS if name in row}}
     answers = row.get("answers")
     if isinstance(answers, dict):
-        answers = answers.get("text")
-    if answers is None:
-        return row
-    row = {**row, "answers": [str(answers)] if isinstance(answers, str | int | float) else list(answers)}
-    return {**row, "target": row["answers"][0]} if row["answers"] and not row.get("target") else row
+        row["answers"] = answers.get("text")
+    elif isinstance(answers, str | int | float):
+        row["answers"] = [answers]
+    for name in LISTS:
+        if isinstance(values := row.get(name), list | tuple | np.ndarray):
+            row[name] = [text for text in map(_text, values) if text != ""]
+    return {**row, "target": row["answers"][0]} if row.get("answers") and not row.get("target") else row
+
+
+def _text(value: Any) -> Any:
+    return str(value) if type(value) in (int, float) else value
 
 
 def problem(row: Row, name: str, known: dict[str, str | None], answers: bool = True) -> SetAside | None:
@@ -141,8 +148,7 @@ def problem(row: Row, name: str, known: dict[str, str | None], answers: bool = T
             known[path] = _file_problem(path)
         if known[path]:
             return SetAside(name, f"{name}: {path} {known[path]}", f"audio file {known[path].partition('.')[0]}")
-    if other := next((column for column in TEXTS if not isinstance(row.get(column), str | None)), None):
-        reason = f"{name}: `{other}` is a {type(row[other]).__name__}. Write it as a text."
+    if reason := malformed({**row, "id": name}):
         return SetAside(name, reason, "malformed row")
     task = row.get("task") or "asr"
     if answers and task == "asr" and not _filled(row.get("target")) and not _filled(row.get("text")):
@@ -154,6 +160,22 @@ def problem(row: Row, name: str, known: dict[str, str | None], answers: bool = T
         prompt_of({**row, "id": name})
     except ValueError as error:
         return SetAside(name, str(error), f"task {task!r} without a prompt")
+    return None
+
+
+def malformed(row: Row) -> str | None:
+    """What is wrong with the form of a row's columns, if anything."""
+    for column in LISTS:
+        values = row.get(column)
+        if values is not None and not (isinstance(values, list) and all(isinstance(text, str) for text in values)):
+            return f"{row['id']}: `{column}` is {values!r:.80}. Write it as a list of texts."
+    for column in TEXTS:
+        if not isinstance(row.get(column), str | None):
+            return f"{row['id']}: `{column}` is a {type(row[column]).__name__}. Write it as a text."
+    try:
+        gender_pairs(row.get("gender_terms"))
+    except ValueError as error:
+        return f"{row['id']}: {error}"
     return None
 
 

@@ -26,7 +26,7 @@ from transformers import AutoModelForCTC, AutoProcessor, Wav2Vec2CTCTokenizer
 from ..audio_speechllm import AudioError, load_audio
 from ..base_models_speechllm import explained
 from ..configuration_speechllm import SAMPLING_RATE
-from .manifests import written_audio
+from .manifests import json_line, written_audio
 from .schema import ManifestError, Row, SetAside, load_rows
 
 
@@ -208,7 +208,7 @@ def align_manifest(data: str, output: str, ctc_model: str | None = None, device:
                 logger.warning("Set aside: %s", error)
                 result = {"set_aside": {"id": row["id"], "reason": str(error)}}
             done.append(result)
-            file.write(json.dumps(result, ensure_ascii=False) + "\n")
+            file.write(json_line(result))
             file.flush()
     kept = [row for row in done if "set_aside" not in row]
     set_aside = [SetAside(**row["set_aside"]) for row in done if "set_aside" in row]
@@ -243,7 +243,7 @@ def _complete_lines(path: Path) -> list[Row]:
 def _write_lines(path: Path, rows: list[Row]) -> None:
     """All of them or, if this is interrupted, the file as it was."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    temporary.write_text("".join(map(json_line, rows)), encoding="utf-8")
     temporary.replace(path)
 
 

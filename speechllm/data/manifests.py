@@ -14,7 +14,8 @@ from .sources import Spec, load_source, read_specs
 def write_sources(specs: Sequence[Spec], output: str | None, strict: bool = False, **limits: Any) -> Iterator[str]:
     """Read sources one after the other, yielding the report of each, and write their rows to `output`, if it is given.
 
-    Audio that is in memory (of a Parquet file, of the Hub) is written to files in the folder `OUTPUT.audio`.
+    Audio that is in memory (of a Parquet file, of the Hub) is written to files in the folder `OUTPUT.audio`; other columns
+    that hold bytes, such as images, are left out.
 
     Args:
         output: path of a manifest, ending in .jsonl.
@@ -34,14 +35,23 @@ def write_sources(specs: Sequence[Spec], output: str | None, strict: bool = Fals
         return
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(_portable(row, path), ensure_ascii=False) + "\n" for row in with_ids(rows)]
+    lines = [json_line({**row, "audio": written_audio(row["audio"], row["id"], path)}) for row in with_ids(rows)]
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text("".join(lines), encoding="utf-8")
     temporary.replace(path)
 
 
-def _portable(row: Row, output: Path) -> Row:
-    return {**row, "audio": written_audio(row["audio"], row["id"], output)}
+def json_line(row: Row) -> str:
+    """The row as a line of a manifest: dates and numbers of other kinds as text, arrays as lists, without columns of bytes."""
+    kept = {name: value for name, value in row.items() if not _holds_bytes(value)}
+    other = lambda value: value.tolist() if hasattr(value, "tolist") else str(value)  # noqa: E731
+    return json.dumps(kept, ensure_ascii=False, default=other) + "\n"
+
+
+def _holds_bytes(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return any(map(_holds_bytes, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, bytes | bytearray)
 
 
 def written_audio(audio: Any, name: str, output: Path) -> Any:

@@ -8,6 +8,7 @@
     task      "asr" (default), "st", "sqa", "traits", or any other with a `prompt`
     question  of "sqa", which may have several acceptable `answers`; `target` is the first
     trait     of "traits", e.g. "gender", with its `choices`; `target` is one of them
+    gender_terms  of "st": words whose gender is judged, see `gender_pairs`      optional
     words     times of the transcript's words, see `forced_alignment.py`         required for mixed speech-text pretraining
     id, language, target_language, duration, ... and labels for probes           optional
     source    corpus it is from, and `license` its licence: for the model card   optional
@@ -23,7 +24,7 @@ import csv
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ import datasets
 
 
 Row = dict[str, Any]
+GenderTerms = str | Sequence[Sequence[str]]
 
 
 class ManifestError(ValueError):
@@ -52,6 +54,21 @@ class SetAside:
     id: str
     reason: str
     kind: str = "unusable"
+
+
+def gender_pairs(terms: GenderTerms | None) -> list[tuple[str, str]]:
+    """Right and wrong form of each gender-marked word of a reference, lower-cased.
+
+    Args:
+        terms: as in MuST-SHE's column GENDERTERMS, "right wrong;right wrong", or pairs.
+
+    Raises:
+        ValueError: if they are not pairs.
+    """
+    split = [part.split() for part in terms.split(";") if part.strip()] if isinstance(terms, str) else list(terms or [])
+    if not all(len(pair) == 2 and all(isinstance(form, str) for form in pair) for pair in split):
+        raise ValueError(f"The gender terms {terms!r} are not pairs. Write 'right wrong;right wrong'.")
+    return [(right.lower(), wrong.lower()) for right, wrong in split]
 
 
 def unusable(row: Row, problem: Callable[[Row], str | None]) -> SetAside | None:

@@ -1,7 +1,7 @@
 """`speechllm evaluate`: from settings to a model, its data, and the evaluation."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +17,11 @@ from ..recipes import UsageError
 from ..trainers.frozen_states import fill_frame_cache, frame_cache
 from .evaluate import evaluate_model
 from .metrics.comet import MODEL, create_environment
+from .metrics.normalisation import normaliser
+
+
+# What says nothing without another option.
+NEEDED = {"alignment_layers": "alignment", "prefix": "alignment", "comet_model": "comet", "comet_gpus": "comet"}
 
 
 @dataclass
@@ -98,10 +103,16 @@ class EvaluationArguments:
                 raise UsageError(f"--{name} is {getattr(self, name)}; it must be at least {least}.")
         if self.error_alignment not in ("levenshtein", "sclite"):
             raise UsageError(f"--error_alignment is {self.error_alignment!r}; use levenshtein or sclite.")
+        try:
+            normaliser(self.normalisation)
+        except ValueError as error:
+            raise UsageError(f"--normalisation: {error}") from None
         if self.dtype is not None and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise UsageError(f"--dtype is {self.dtype!r}; use float32, bfloat16 or float16.")
-        if self.alignment_layers is not None and not self.alignment:
-            raise UsageError("--alignment_layers says where --alignment measures. Add --alignment, or leave it out.")
+        defaults = {option.name: option.default for option in fields(self)}
+        for name, needed in NEEDED.items():
+            if getattr(self, name) != defaults[name] and not getattr(self, needed):
+                raise UsageError(f"--{name} says how --{needed} is done. Add --{needed}, or leave it out.")
         if self.feature_cache and self.oracle:
             raise UsageError("--feature_cache is for audio, --oracle reads transcripts. Leave one out.")
 
@@ -169,6 +180,8 @@ def summary(metrics: dict[str, Any], output: str) -> list[str]:
         counts = [f"{found['scored']} of {found['utterances']} scored"]
         counts += [f"{found[name]} {text}" for name, text in COUNTS.items() if found[name]]
         lines.append(f"{task}: {', '.join(counts)}")
+        if found.get("reason"):
+            lines.append(f"  no metrics: {found['reason']}")
         for name, value in values.items():
             if isinstance(value, float):
                 low, high = values.get(f"{name}_interval") or (None, None)

@@ -19,6 +19,7 @@ from typing import Any
 from accelerate import PartialState
 
 from ..base_models_speechllm import CheckpointError
+from ..data.checking import malformed, with_target
 from ..data.feature_cache import FeatureCache, fingerprint
 from ..data.prompts import filled, prompt_of, shared_prefix
 from ..data.schema import Row, SetAside, with_ids
@@ -28,6 +29,7 @@ from ..processing_speechllm import SpeechLLMProcessor
 from .generation import generate_answers
 from .layerwise import FEWEST, alignment_report, layer_indices
 from .metrics.comet import CometUnavailable, comet_score, find_environment
+from .metrics.normalisation import normaliser
 from .page import strict_json, write_whole
 from .prediction_files import PredictionFiles, input_key
 from .report import write_report
@@ -136,6 +138,10 @@ def evaluate_model(
     if cluster is not None:
         _check_cluster(request.rows, cluster)
     others = read_baseline(baseline) if baseline else None  # all that could fail, before hours of work
+    try:
+        normaliser(normalisation)
+    except ValueError as error:
+        raise EvaluationError(str(error)) from None
     if comet is not None:
         find_environment(comet.get("python"))
     layers = "all" if alignment is True else alignment
@@ -235,8 +241,10 @@ def _request(rows: list[Row], tasks: list[str] | None, prompts: dict[str, str], 
     rows = [row for row in rows if tasks is None or task_of(row) in tasks]
     given = Counter(str(row["id"]) for row in rows if row.get("id") not in (None, ""))
     request = Request([], duplicates=[name for name, count in given.items() if count > 1])
-    for row in with_ids(rows):
+    for row in map(with_target, with_ids(rows)):
         try:
+            if reason := malformed(row):
+                raise ValueError(reason)
             if row.get("audio") is None and not oracle:
                 raise ValueError(f"{row['id']} has no `audio`. Give it one.")
             if task_of(row) in prompts:
@@ -254,7 +262,8 @@ def _distinct_recordings(rows: list[Row]) -> list[Row]:
     for row in rows:
         if row.get("text") and row.get("audio") is not None:
             audio = row["audio"]
-            found.setdefault(str(audio) if isinstance(audio, str | os.PathLike) else id(audio), row)
+            key = json.dumps(audio, sort_keys=True, default=id) if isinstance(audio, dict) else audio
+            found.setdefault(key if isinstance(key, str | os.PathLike) else id(key), row)
     return list(found.values())
 
 

@@ -36,7 +36,8 @@ def render(template: Path, filters: Mapping[str, Any] | None = None, **values: A
     style = (here / "page.css").read_text(encoding="utf-8")
     for name, variables in colours.items():
         style = style.replace(f"{{{{ {name} }}}}", variables)
-    return environment.get_template(template.name).render(style=Markup(style), **values).lstrip()
+    page = environment.get_template(template.name).render(style=Markup(style), **values).lstrip()
+    return page.encode("utf-8", "replace").decode()  # names of files may hold what is not UTF-8
 
 
 def inline_plot(figure: Figure, name: str, alternative: str, folder: Path | None = None) -> Markup:

@@ -31,8 +31,8 @@ def task_of(row: Row) -> str:
 
 def references_of(row: Row) -> list[str]:
     """The row's acceptable answers. (A transcript is the answer to recognition only.)"""
-    if task_of(row) == "sqa" and row.get("answers"):
-        return list(row["answers"])
+    if task_of(row) == "sqa" and (answers := [text for text in row.get("answers") or [] if text]):
+        return answers
     answer = row.get("target") or (row.get("text") if task_of(row) == "asr" else None)
     return [answer] if answer else []
 
@@ -86,9 +86,9 @@ def worst_first(task: str, scores: dict[str, float]) -> list[str]:
 
 @dataclass
 class Baseline:
-    """Another evaluation, by id: its `predictions`, and their scores by `comet_model` if it has any."""
+    """Another evaluation, by task and id: its `predictions`; and by id their scores by `comet_model`, if it has any."""
 
-    predictions: dict[str, str]
+    predictions: dict[str, dict[str, str]]
     comet: dict[str, float]
     comet_model: str | None
 
@@ -111,8 +111,11 @@ def read_baseline(path: str | os.PathLike) -> Baseline:
         comet_model = metrics["tasks"]["st"]["metrics"]["comet_model"]
     except (OSError, ValueError, KeyError, TypeError):
         comet_model = None
+    predictions: dict[str, dict[str, str]] = defaultdict(dict)
+    for line in lines:  # ids alone do not do: of two tasks of a recording either may have been left out here or there
+        predictions[line.get("task") or "asr"][line["id"]] = line["prediction"]
     return Baseline(
-        {line["id"]: line["prediction"] for line in lines},
+        predictions,
         {line["id"]: line["comet"] for line in lines if line.get("comet") is not None},
         comet_model,
     )
@@ -122,9 +125,10 @@ def compare(
     task: str, rows: list[Row], predictions: dict[str, str], baseline: Baseline, **options: Any
 ) -> dict[str, Any]:
     """Paired tests against another run over the rows that both have: how many `utterances`, and, by metric, `tests`."""
-    common = [row for row in rows if row["id"] in baseline.predictions]
+    others = baseline.predictions.get(task, {})
+    common = [row for row in rows if row["id"] in others]
     try:
-        tests = paired_tests(task, common, predictions, baseline.predictions, **options) if common else {}
+        tests = paired_tests(task, common, predictions, others, **options) if common else {}
     except ScoringError:  # no common reference has a word
         tests = {}
     return {"utterances": len(common), "tests": tests}

@@ -55,7 +55,7 @@ MEASURES = (
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def metrics_of(

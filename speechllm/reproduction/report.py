@@ -17,7 +17,7 @@ from ..evaluation.page import inline_plot, render, strict_json, write_whole
 from .claims import Cells, claims_of, decodability, verdicts
 from .comet import comet_scores
 from .intervals import Estimate, difference, mean_over_seeds
-from .measures import MEASURES, Measure, metrics_of, read_predictions
+from .measures import MEASURES, Measure, Prediction, metrics_of, read_predictions
 from .plan import Cell, Scale, with_starts
 from .run import read_result
 from .stages import PREDICTIONS
@@ -42,7 +42,8 @@ class Report:
         self.scale, self.cells, self.output, self.name = scale, cells, output, name
         self.plots = "plots" if name == "results" else f"plots-{name}"
         self.command = command
-        self._scored: dict[tuple[str, bool], dict[tuple[str, str], CorpusMetric]] = {}
+        self._predictions: dict[str, list[Prediction]] = {}  # by the cell's hash
+        self._scored: dict[tuple[str, bool, frozenset[str]], dict[tuple[str, str], CorpusMetric]] = {}
 
     def write(self) -> dict[str, Any]:
         results = strict_json(self.results())
@@ -59,15 +60,12 @@ class Report:
 
     def results(self) -> dict[str, Any]:
         found = {cell: result for cell in self.cells if (result := read_result(cell, self.output))}
-        tested: Cells = defaultdict(dict)
-        for cell in found:
-            if cell.stage == "fine-tuning":
-                tested[cell.row, cell.percent][cell.seed] = self._metrics(cell)
+        tested, left_out = self._tested_cells([cell for cell in found if cell.stage == "fine-tuning"])
         rows = list(dict.fromkeys(cell.row for cell in self.cells))
         return {
             "scale": self.scale.name,
             "command": self.command,
-            "notes": self.scale.notes,
+            "notes": [*self.scale.notes, *left_out],
             "cells": {"planned": len(self.cells), "there": len(found)},
             "missing": [cell.name.removeprefix("cells/") for cell in self.cells if cell not in found],
             "seeds": sorted({cell.seed for cell in found}),
@@ -82,13 +80,27 @@ class Report:
         probes = {cell.row: [result["probes"]] for cell, result in found.items() if cell.stage == "probing"}
         return [decodability(probes)] if any(row.probed for row in self.scale.rows) else []
 
-    def _metrics(self, cell: Cell) -> dict[tuple[str, str], CorpusMetric]:
-        folder = self.output / cell.name
-        comet = comet_scores(folder)
-        key = (cell.hash, bool(comet))
-        if key not in self._scored:
-            self._scored[key] = metrics_of(read_predictions(folder / PREDICTIONS), comet)
-        return self._scored[key]
+    def _tested_cells(self, cells: list[Cell]) -> tuple[Cells, list[str]]:
+        """The metrics of cells, over the test rows that all of them answered, so that every two can be paired; and a note on
+        the other rows. (Audio that cannot be decoded is missed by those that hear it, not by those that read.)"""
+        for cell in cells:
+            if cell.hash not in self._predictions:
+                self._predictions[cell.hash] = read_predictions(self.output / cell.name / PREDICTIONS)
+        answered = [frozenset(line["id"] for line in self._predictions[cell.hash]) for cell in cells]
+        common = frozenset.intersection(*answered) if cells else frozenset()
+        tested: Cells = defaultdict(dict)
+        for cell in cells:
+            comet = comet_scores(self.output / cell.name)
+            key = (cell.hash, bool(comet), common)
+            if key not in self._scored:
+                lines = [line for line in self._predictions[cell.hash] if line["id"] in common]
+                self._scored[key] = metrics_of(lines, comet)
+            tested[cell.row, cell.percent][cell.seed] = self._scored[key]
+        if others := sorted(frozenset().union(*answered) - common):
+            return tested, [
+                f"{len(others)} test row(s) that not every model answered count for none, e.g. {others[0]}."
+            ]
+        return tested, []
 
     def _row(self, row: str, found: dict[Cell, dict[str, Any]], tested: Cells) -> dict[str, Any]:
         pretrained = [cell for cell in found if cell.row == row and cell.stage == "pretraining"]

@@ -100,10 +100,16 @@ class Runner:
                     running[future] = cell
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     self._finish(running.pop(future), future)
-                    self.report()
-        if not missing:
-            self.report()
+                    if waiting or running:
+                        self._report_so_far()
+        self.report()
         return not self.failed
+
+    def _report_so_far(self) -> None:
+        try:
+            self.report()
+        except Exception as error:  # of any kind: the cells go on, and the report is written anew after each
+            self.say(f"the report could not be written: {type(error).__name__}: {error}")
 
     @staticmethod
     def _next(waiting: list[Cell], running: Collection[Cell]) -> Cell | None:

@@ -20,7 +20,7 @@ import torch
 import yaml
 from transformers import PrinterCallback, ProgressCallback
 
-from ..data.schema import Row
+from ..data.schema import Row, audio_paths
 from ..evaluation.generation import TranscriptItems
 from ..modeling_speechllm import SpeechLLMForConditionalGeneration
 from ..recipes import parse_settings
@@ -174,7 +174,7 @@ def predict(trainer: FineTuningTrainer) -> list[dict[str, Any]]:
         {
             "id": row["id"],
             "task": row.get("task", "asr"),
-            "speech": str(row.get("passage_id") or Path(str(row["audio"])).stem),
+            "speech": str(row.get("passage_id") or next(iter(audio_paths(row["audio"])), row["id"])),
             **{name: row[name] for name in KEPT if name in row},
             "prediction": answers.get(row["id"], ""),
             "loss": losses[row["id"]][0],

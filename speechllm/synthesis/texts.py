@@ -74,7 +74,7 @@ def _is_json(value: Any) -> bool:
 
 def _lines(path: Path) -> list[Row]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # texts may hold other line breaks
     except UnicodeDecodeError as error:
         raise ManifestError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Save it as such.") from None
     except OSError as error:

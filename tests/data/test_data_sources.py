@@ -1,6 +1,7 @@
 """The one door to data: every kind of source, options, what is set aside and counted, strict mode, streams."""
 
 import json
+from datetime import datetime
 
 import corpora_in_miniature as miniature
 import datasets
@@ -10,7 +11,9 @@ import pyarrow.parquet
 import pytest
 
 from speechllm import load_audio
+from speechllm.data.checking import check_rows
 from speechllm.data.feature_cache import audio_key
+from speechllm.data.manifests import write_sources
 from speechllm.data.schema import ManifestError
 from speechllm.data.sources import load_source, parse_spec, read_specs
 from speechllm.data.stream_sources import stream_source
@@ -81,6 +84,10 @@ def test_folders_with_transcripts(recordings):
     assert [item.kind for item in loaded.set_aside] == ["no transcript"] and "3.txt" in loaded.set_aside[0].reason
     (folder / "transcripts.txt").write_text("0 text 0\n1.wav\ttext 1\n2\ttext 2\n3 text 3\n")
     assert texts(str(folder)) == ALL
+    (folder / "0.wav").rename(folder / "0 again.wav")
+    (folder / "transcripts.txt").write_text("0\ta wrong one\n0 again\ttext 0\n1 text 1\n2 text 2\n3 text 3\n")
+    assert texts(str(folder))[1:] == ALL[1:] and texts(str(folder))[0] == "text 0"
+    (folder / "0 again.wav").rename(folder / "0.wav")
     (folder / "metadata.csv").write_text("file_name,text\n" + "".join(f"{i}.wav,text {i}\n" for i in range(4)))
     assert texts(f"folder:{folder}") == ALL
     (recordings / "empty").mkdir()
@@ -262,6 +269,40 @@ def test_what_is_wrong_is_set_aside_and_counted(recordings):
     report = loaded.report("damaged")
     assert report.startswith("damaged: 4 rows (asr 4)\n  4 set aside: malformed row\n")
     assert "  2 set aside: reference missing\n    no reference: task 'st' needs the reference answer" in report
+
+
+@pytest.mark.parametrize(
+    ("columns", "found"),
+    [
+        ({"answers": ["forty-two", 42]}, {"answers": ["forty-two", "42"], "target": "forty-two"}),
+        ({"answers": ["", "six"]}, {"answers": ["six"], "target": "six"}),
+        ({"answers": [""]}, "reference missing"),
+        ({"answers": [["six"]]}, "`answers` is [['six']]. Write it as a list of texts."),
+        (
+            {"task": "traits", "trait": "age", "choices": [20, 30], "target": 20},
+            {"choices": ["20", "30"], "target": "20"},
+        ),
+        ({"target": "six", "choices": "six or seven"}, "`choices` is 'six or seven'"),
+        ({"target": "nata", "gender_terms": "nata nato; nuova nuovo;"}, {"target": "nata"}),
+        ({"target": "nata", "gender_terms": "nata"}, "The gender terms 'nata' are not pairs."),
+    ],
+)
+def test_answers_have_their_form_or_are_set_aside(recordings, columns, found):
+    row = {"id": "a", "audio": str(recordings / "wav/0.wav"), "task": "sqa", "question": "How many?", "text": "six"}
+    loaded = check_rows([{**row, "target": "six"}, {**row, "id": "b", **columns}], "rows")
+    if isinstance(found, str):
+        (item,) = loaded.set_aside
+        assert found == item.kind or found in item.reason
+    else:
+        assert loaded.rows[1] | found == loaded.rows[1]
+
+
+def test_dates_and_images_do_not_cost_the_manifest(recordings):
+    rows = [{"audio": str(recordings / "wav/0.wav"), "text": "text 0", "said": datetime(2024, 5, 1), "picture": b"png"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), recordings / "rich.parquet")
+    assert len(list(write_sources([str(recordings / "rich.parquet")], str(recordings / "written.jsonl")))) == 1
+    (row,) = [json.loads(line) for line in (recordings / "written.jsonl").read_text().splitlines()]
+    assert row["said"] == "2024-05-01 00:00:00" and row["text"] == "text 0" and "picture" not in row
 
 
 def test_audio_that_is_broken_is_found_by_its_header_or_by_decoding(recordings):

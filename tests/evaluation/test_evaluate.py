@@ -13,6 +13,7 @@ from tiny_training import tiny_rows, tiny_trainable
 from speechllm.data.schema import SetAside
 from speechllm.evaluation import evaluate as module
 from speechllm.evaluation import generation
+from speechllm.evaluation.command import summary
 from speechllm.evaluation.evaluate import EvaluationError, evaluate_model
 from speechllm.evaluation.metrics import score
 
@@ -206,17 +207,19 @@ def test_bad_rows_are_counted_and_the_rest_is_evaluated(model, processor, tmp_pa
     rows[6].pop("question")
     rows[7]["audio"] = None
     rows[8]["id"] = rows[9]["id"] = rows[0]["id"]
+    rows.append({**rows[2], "id": "utterance 10", "answers": [["of another form"]]})
     out = tmp_path / "out"
     metrics = run(model, processor, rows, out, set_aside=[SetAside("earlier", "earlier: gone.")])
     aside = {item["id"]: item["reason"] for item in metrics["set_aside"]}
-    assert list(aside) == ["earlier", "utterance 6", "utterance 7", "utterance 4"]
+    assert list(aside) == ["earlier", "utterance 6", "utterance 7", "utterance 10", "utterance 4"]
+    assert "`answers` is" in aside["utterance 10"]
     assert "broken.wav" in aside["utterance 4"] and "question" in aside["utterance 6"]
     assert metrics["data"]["duplicate_ids"] == ["utterance 0"]
     assert {"utterance 0", "utterance 0 #2", "utterance 0 #3"} <= set(predictions_in(out))
     assert metrics["tasks"]["st"]["without_reference"] == 1 and metrics["tasks"]["st"]["scored"] == 1
     assert metrics["tasks"]["asr"] | {"answered": 3, "scored": 3, "utterances": 4} == metrics["tasks"]["asr"]
     again = run(model, processor, rows, out)  # what is set aside stays, and costs nothing
-    assert [item["id"] for item in again["set_aside"]] == ["utterance 6", "utterance 7", "utterance 4"]
+    assert [item["id"] for item in again["set_aside"]] == [*aside][1:]
     rows[4]["audio"] = tone(0.3, seed=4)  # mended
     assert run(model, processor, rows, out)["tasks"]["asr"]["scored"] == 4
 
@@ -311,6 +314,41 @@ def test_a_baseline_gives_a_paired_test_of_every_metric(model, processor, tmp_pa
     with pytest.raises(EvaluationError, match="no such file of predictions"):
         run(other, processor, rows, tmp_path / "c", baseline=tmp_path / "nowhere")
     assert not (tmp_path / "c" / "predictions.jsonl").exists()
+
+
+def test_a_baseline_is_compared_task_by_task(model, processor, tmp_path):
+    """An id may be another task's there, where it was left out here."""
+    asked = {"task": "sqa", "question": "What is it?", "answers": ["an apple"]}
+    rows = tiny_rows(2)
+    run(model, processor, rows, tmp_path / "a")
+    metrics = run(model, processor, [{**row, **asked} for row in rows], tmp_path / "b", baseline=tmp_path / "a")
+    assert metrics["tasks"]["sqa"]["against_baseline"] == {"utterances": 0, "tests": {}}
+
+
+def test_an_unknown_normaliser_is_found_before_the_answers(model, processor, tmp_path):
+    with pytest.raises(EvaluationError, match="no normaliser 'whisper'. Use basic"):
+        run(model, processor, tiny_rows(2), tmp_path, normalisation="whisper")
+    assert not (tmp_path / "predictions.jsonl").exists()
+
+
+def test_a_task_without_metrics_says_why(model, processor, tmp_path):
+    rows = [{**row, "text": "..."} for row in tiny_rows(2)]
+    metrics = run(model, processor, rows, tmp_path)
+    reason = "No reference has a word"
+    assert reason in metrics["tasks"]["asr"]["reason"] and reason in (tmp_path / "report.html").read_text()
+    assert any(reason in line for line in summary(metrics, "out"))
+
+
+def test_segments_are_recordings_of_their_own_whatever_asks_about_them():
+    segment = {"path": "talk.wav", "offset": 1.5, "duration": 2.0}
+    rows = [{"audio": dict(segment), "text": "one", "task": task} for task in ("asr", "st")]
+    rows += [{"audio": {**segment, "offset": 4.0}, "text": "two"}, {"audio": "talk.wav", "text": "all"}]
+    assert [row["text"] for row in module._distinct_recordings(rows)] == ["one", "two", "all"]
+
+
+def test_names_that_are_not_utf8_can_be_shown(model, processor, tmp_path):
+    run(model, processor, [{**row, "id": f"caf\udce9 {i}"} for i, row in enumerate(tiny_rows(2))], tmp_path)
+    assert "caf? 0" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_cached_frames_give_the_same_answers(model, processor, tmp_path):

@@ -192,6 +192,10 @@ def test_bad_input_is_reported_with_an_exit_code(folder, tmp_path, capsys):
     assert main([*arguments, "--batch_size", "0"]) == 2
     assert "--batch_size is 0" in capsys.readouterr().err
     assert main([*arguments, "--prompts", "st=Say"]) == 2
+    assert main([*arguments, "--normalisation", "whisper"]) == 2
+    assert "--normalisation: There is no normaliser 'whisper'" in capsys.readouterr().err
+    assert main([*arguments, "--prefix", "user"]) == 2
+    assert "--prefix says how --alignment is done. Add --alignment" in capsys.readouterr().err
 
 
 def test_text_abilities_are_the_base_llms_unless_it_was_trained(tmp_path):

@@ -147,6 +147,11 @@ def test_what_cannot_be_scored_is_named(rows, predictions, message):
         score("asr", rows, predictions)
 
 
+def test_traits_of_which_some_have_no_name():
+    rows = [{"id": "a", "trait": "gender", "target": "male"}, {"id": "b", "target": "male"}]
+    assert score("traits", rows, {"a": "male", "b": "She is female."})["accuracy"] == 0.5
+
+
 def test_unknown_tasks_and_missing_answers():
     with pytest.raises(ScoringError, match="task 'vqa', only for asr, st, sqa, traits"):
         score("vqa", [{"id": "a"}], {"a": ""})
@@ -154,6 +159,8 @@ def test_unknown_tasks_and_missing_answers():
         score("sqa", [{"id": "a", "answers": [""]}], {"a": "x"})
     with pytest.raises(ScoringError, match="a: `answers` is 'one'. Give a list"):
         score("sqa", [{"id": "a", "answers": "one"}], {"a": "x"})
+    with pytest.raises(ScoringError, match="gender terms 'nata' are not pairs"):
+        score("st", [{"id": "a", "target": "nata", "gender_terms": "nata"}], {"a": "x"})
     with pytest.raises(ScoringError, match="a: `target` is 3. Give a text"):
         score("traits", [{"id": "a", "target": 3}], {"a": "3"})
     with pytest.raises(ScoringError, match="no alignment 'nist'"):

@@ -18,6 +18,7 @@ from speechllm.evaluation.metrics.comet import CometUnavailable
 from speechllm.recipes import UsageError, parse_settings
 from speechllm.reproduction.claims import claims_of
 from speechllm.reproduction.command import publish_report, reproduce
+from speechllm.reproduction.measures import read_predictions
 from speechllm.reproduction.plan import Row, Scale, digest, plan
 from speechllm.reproduction.report import Report
 from speechllm.reproduction.run import Runner, read_result
@@ -296,9 +297,32 @@ def test_a_recording_that_breaks_does_not_cost_the_cell(world, tmp_path):
     lines[0]["audio"] = str(tmp_path / "broken.wav")
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     scale = replace(SCALE, fine_tuning={"eval_data": str(tmp_path / "test.jsonl"), "feature_cache": None})
-    cells = cells_of(world, ["none"], fractions=(0,), scale=scale)
+    cells = cells_of(world, ["none", "oracle"], fractions=(0,), scale=scale)
     assert Runner(cells, tmp_path).run()
-    assert read_result(cells[1], tmp_path)["test_rows"] == 7
+    found = {cell.row: read_result(cell, tmp_path) for cell in cells}
+    assert [found[row]["test_rows"] for row in ("none", "oracle")] == [7, 8]  # the oracle reads it
+    results = Report(scale, cells, tmp_path, "command").results()  # of what both answered, to be paired
+    assert results["units"] == {"asr": 1, "st": 2, "sqa": 2, "traits": 2}
+    assert "1 test row(s) that not every model answered" in results["notes"][-1]
+
+
+def test_a_report_that_fails_does_not_cost_the_cells(world, tmp_path, capsys):
+    cells, written = cells_of(world), []
+
+    def report():
+        written.append(len(written))
+        if len(written) == 2:
+            raise ValueError("out of ink")
+
+    assert Runner(cells, tmp_path, report, run=lambda cell, output: {}).run()
+    assert len(written) == 4 and "could not be written: ValueError: out of ink" in capsys.readouterr().out
+
+
+def test_predictions_may_hold_any_line_break(tmp_path):
+    lines = [{"id": "a", "prediction": "one\u2028two"}, {"id": "b", "prediction": "three\x85"}]
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    assert read_predictions(path) == lines
 
 
 def test_a_cell_depends_on_each_of_its_manifests(world, tmp_path):

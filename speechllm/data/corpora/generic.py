@@ -57,8 +57,9 @@ def transcribed_folder(folder: Path, columns: dict[str, str] | None = None) -> I
 
 
 def _listed(path: Path) -> dict[str, str]:
-    lines = [line.split(maxsplit=1) for line in text_lines(path) if isinstance(line, str) and line.strip()]
-    return {parts[0]: parts[1] if len(parts) > 1 else "" for parts in lines}
+    lines = [line.strip() for line in text_lines(path) if isinstance(line, str) and line.strip()]
+    parts = [line.split("\t" if "\t" in line else None, maxsplit=1) for line in lines]  # names may hold spaces
+    return {name.strip(): text[0].strip() if text else "" for name, *text in parts}
 
 
 def shards(folder: Path) -> list[Path]:

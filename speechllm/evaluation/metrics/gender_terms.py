@@ -15,14 +15,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ...data.schema import GenderTerms, gender_pairs
 from .resampling import CorpusMetric
 
 
-Terms = str | Sequence[Sequence[str]]
-
-
 def gender_terms(
-    terms: Sequence[Terms | None], categories: Sequence[str | None], hypotheses: Sequence[str]
+    terms: Sequence[GenderTerms | None], categories: Sequence[str | None], hypotheses: Sequence[str]
 ) -> dict[str, CorpusMetric]:
     """The metrics `term_coverage` and `gender_accuracy`, 0 to 1, and both by category, e.g. `gender_accuracy_1F`.
 
@@ -32,7 +30,9 @@ def gender_terms(
     Raises:
         ValueError: if a term is no pair of words.
     """
-    counts = np.array([_counts(pairs(these), words(text)) for these, text in zip(terms, hypotheses)], dtype=float)
+    counts = np.array(
+        [_counts(gender_pairs(these), words(text)) for these, text in zip(terms, hypotheses)], dtype=float
+    )
     metrics = {}
     for category in (None, *sorted({category for category in categories if category})):
         chosen = np.array([category in (None, other) for other in categories])
@@ -58,16 +58,6 @@ def _counts(terms: list[tuple[str, str]], words: list[str]) -> tuple[int, int, i
 
 def _share(sums: np.ndarray) -> float:
     return sums[0] / sums[1] if sums[1] else 0.0  # nothing found: 0, as the script says
-
-
-def pairs(terms: Terms | None) -> list[tuple[str, str]]:
-    """Right and wrong form of each term, lower-cased."""
-    if terms is None:
-        return []
-    split = [term.split() for term in terms.strip().split(";")] if isinstance(terms, str) else list(terms)
-    if not all(len(pair) == 2 for pair in split):
-        raise ValueError(f"The gender terms {terms!r} are not pairs. Write 'right wrong;right wrong'.")
-    return [(right.lower(), wrong.lower()) for right, wrong in split]
 
 
 def words(text: str) -> list[str]:

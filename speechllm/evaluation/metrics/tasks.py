@@ -176,7 +176,10 @@ def _translation(rows: Sequence[Row], answers: list[str]) -> tuple[Metrics, Fact
     metrics, signatures = translation(references, answers, [row.get("target_language") for row in rows])
     if any(row.get("gender_terms") for row in rows):
         terms, categories = ([row.get(name) for row in rows] for name in ("gender_terms", "category"))
-        metrics |= gender_terms(terms, categories, answers)
+        try:
+            metrics |= gender_terms(terms, categories, answers)
+        except ValueError as error:
+            raise ScoringError(str(error)) from error
     return metrics, signatures
 
 
@@ -193,12 +196,13 @@ def _acceptable(row: Row) -> list[str]:
 
 def _traits(rows: Sequence[Row], answers: list[str]) -> tuple[Metrics, Facts]:
     """A label of one trait is no label of another, also where they are written alike."""
-    labels = [(row.get("trait"), reference_of(row, "target")) for row in rows]
+    labels = [(row.get("trait") or "", reference_of(row, "target")) for row in rows]
     predicted = []
-    for row, answer in zip(rows, answers):
-        choices = row.get("choices") or sorted({label for trait, label in labels if trait == row.get("trait")})
-        choice = named_choice(answer, choices)
-        predicted.append(choice and (row.get("trait"), choice))
+    for row, answer, (trait, _) in zip(rows, answers, labels):
+        choice = named_choice(
+            answer, row.get("choices") or sorted({label for other, label in labels if other == trait})
+        )
+        predicted.append(choice and (trait, choice))
     return classification(labels, predicted), {}
 
 
