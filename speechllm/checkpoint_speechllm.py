@@ -12,9 +12,10 @@ names the frozen encoder and LLM and pins them to revisions. Loading takes those
 
 import json
 import os
+import re
 import shutil
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ HUB_FILES = (
     "pushing_speechllm.py",
 )
 PICKLED_ADAPTER_WEIGHTS = "adapter_model.bin"
+OWN_WEIGHTS = re.compile(r"(projector|model(-\d{5}-of-\d{5})?)\.safetensors|model\.safetensors\.index\.json")
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -366,7 +368,7 @@ def _split_adapter(model, state: dict[str, torch.Tensor]) -> tuple[dict[str, tor
 @contextmanager
 def replaced_folder(folder: str | os.PathLike):
     """A temporary folder whose files replace those in `folder` when the block ends well, and vanish when it does not.
-    Weights of an earlier save that the new one does not have are removed."""
+    Weights of an earlier save that the new one does not have are removed; files of other names are left alone."""
     folder = Path(folder)
     if folder.is_file():
         raise CheckpointError(f"Cannot save to {folder}: it is a file. Choose a folder.")
@@ -379,13 +381,17 @@ def replaced_folder(folder: str | os.PathLike):
         ) from error
     try:
         yield temporary
-        for path in [*folder.glob("*.safetensors*"), folder / ADAPTER_FOLDER]:
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.exists() and not (temporary / path.name).exists():
-                path.unlink()
-        for path in temporary.iterdir():
-            os.replace(path, folder / path.name)
+        saved = [path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file()]
+        own = [path for path in folder.glob("*.safetensors*") if OWN_WEIGHTS.fullmatch(path.name)]
+        own += [folder / ADAPTER_FOLDER / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+        for path in own:
+            if path.relative_to(folder) not in saved:
+                path.unlink(missing_ok=True)
+        with suppress(OSError):  # there is none, or it holds other files
+            (folder / ADAPTER_FOLDER).rmdir()
+        for path in saved:
+            (folder / path).parent.mkdir(exist_ok=True)
+            os.replace(temporary / path, folder / path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"Cannot save to {folder}: {error}. Free some space or choose another folder; nothing half-written is left."

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 from datasets import IterableDataset
-from transformers import AutoProcessor, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoProcessor, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from .configuration_speechllm import SpeechLLMProjectorConfig
 from .data.checking import counted
@@ -24,6 +24,7 @@ from .processing_speechllm import SpeechLLMProcessor
 from .recipes import UsageError
 from .saving import explained_saving
 from .trainers import SpeechLLMTrainer, SpeechLLMTrainingArguments
+from .trainers.resuming import last_checkpoint, refuse_other_run
 
 
 @dataclass
@@ -261,10 +262,16 @@ def run_training(trainer: SpeechLLMTrainer) -> None:
     """Train (resuming from the last checkpoint in the output folder), evaluate, save, and say what happened."""
     arguments = trainer.args
     folder = Path(arguments.output_dir)
-    resume = arguments.resume_from_checkpoint or (get_last_checkpoint(folder) if os.path.isdir(folder) else None)
+    resume = arguments.resume_from_checkpoint
+    if not resume and (resume := last_checkpoint(folder)):
+        refuse_other_run(resume, trainer)
     if resume and arguments.should_save:
         print(f"Resuming from {resume}", flush=True)
     trainer.train(resume_from_checkpoint=resume)
+    if resume and arguments.should_save:
+        done = TrainerState.load_from_json(str(Path(resume) / TRAINER_STATE_NAME)).global_step
+        if done >= trainer.state.max_steps:
+            print(f"It has all of its {done} steps already; nothing was trained.", flush=True)
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     with explained_saving(folder):
         trainer.save_model()

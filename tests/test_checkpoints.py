@@ -334,7 +334,10 @@ def test_the_kind_is_chosen_so_that_nothing_is_lost(bases, tmp_path):
 
 def test_saving_again_leaves_no_stale_weights(bases, tmp_path):
     peft = pytest.importorskip("peft")
-    (tmp_path / "notes.txt").write_text("mine")
+    own = [tmp_path / "notes.txt", tmp_path / "features" / "notes.txt", tmp_path / "features.index.safetensors"]
+    own[1].parent.mkdir()
+    for path in own:
+        path.write_text("mine")
     plain, adapted = new_model(bases), new_model(bases, text="llama-tied")
     adapted.add_adapter(peft.LoraConfig(target_modules=["q_proj"], r=2))
     for model, kind in (
@@ -346,10 +349,13 @@ def test_saving_again_leaves_no_stale_weights(bases, tmp_path):
     ):
         model.save_pretrained(tmp_path, kind=kind)
         weights = {"projector.safetensors"} if kind != "full" else {"model.safetensors"}
-        assert {p.name for p in tmp_path.glob("*.safetensors")} == weights
+        assert {p.name for p in tmp_path.glob("*.safetensors")} == weights | {own[2].name}
         assert (tmp_path / "adapter").exists() == (model is adapted)
         equal_states(SpeechLLMForConditionalGeneration.from_pretrained(tmp_path), model)
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert [path.read_text() for path in own] == ["mine"] * 3
+    (tmp_path / "adapter" / "notes.txt").write_text("mine")
+    plain.save_pretrained(tmp_path)
+    assert [path.name for path in (tmp_path / "adapter").iterdir()] == ["notes.txt"]
 
 
 def test_other_processes_save_nothing(bases, tmp_path):

@@ -62,7 +62,10 @@ def _settings(folder, options):
 
 
 def contrastive(folder, model=None, train=None, held_out=None, similarity=None, objectives=None, **options):
+    """`similarity`: the trainer's, or the name of the setting's."""
     model = model or tiny_trainable()
+    if isinstance(similarity, str):
+        options["similarity"], similarity = similarity, None
     return ContrastiveTrainer(
         model,
         ContrastiveArguments(**_settings(folder, options)),

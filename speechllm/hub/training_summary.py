@@ -54,15 +54,19 @@ def read_summary(checkpoint: str | os.PathLike, **place: str) -> dict[str, Any]:
 
 def write_summary(folder: str | os.PathLike, trainer: Any, earlier_stages: list[dict], seconds: float) -> None:
     """Write the summary of a `SpeechLLMTrainer`'s run, `seconds` old, and of the stages before it."""
-    base_models = trainer.headless.config.base_models or {}
     summary = {
-        "base_models": {
-            part: {**base, "id": Path(base["id"]).name if os.path.isdir(base["id"]) else base["id"]}
-            for part, base in base_models.items()
-        },
+        "base_models": published_base_models(trainer.headless.config.base_models or {}),
         "stages": [*earlier_stages, _stage(trainer, seconds)],
     }
     (Path(folder) / SUMMARY).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+
+
+def published_base_models(base_models: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The configuration's `base_models`, without the paths of folders."""
+    return {
+        part: {**base, "id": Path(base["id"]).name if os.path.isdir(base["id"]) else base["id"]}
+        for part, base in base_models.items()
+    }
 
 
 def _stage(trainer: Any, seconds: float) -> dict[str, Any]:
@@ -70,7 +74,7 @@ def _stage(trainer: Any, seconds: float) -> dict[str, Any]:
     return {
         "trainer": type(trainer).__name__,
         "objective": (type(trainer).__doc__ or "").strip().splitlines()[0],
-        "settings": _settings(arguments),
+        "settings": stage_settings(arguments),
         "steps": state.global_step,
         "epochs": round(state.epoch or 0, 2),
         "trained_parameters": sum(p.numel() for p in trainer.speechllm.parameters() if p.requires_grad),
@@ -85,7 +89,8 @@ def _stage(trainer: Any, seconds: float) -> dict[str, Any]:
     }
 
 
-def _settings(arguments: Any) -> dict[str, Any]:
+def stage_settings(arguments: Any) -> dict[str, Any]:
+    """Settings of a stage that are worth a line: `SETTINGS`, and those of this package that differ from their default."""
     own = {
         name
         for kind in type(arguments).__mro__

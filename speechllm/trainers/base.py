@@ -28,7 +28,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..checkpoint_speechllm import ADAPTER_CONFIG, ADAPTER_FOLDER, PROJECTOR_WEIGHTS, CheckpointError
 from ..data.checking import counted
@@ -42,10 +42,19 @@ from ..processing_speechllm import SpeechLLMProcessor
 from ..saving import explained_saving
 from .dashboards import use_dashboards
 from .frozen_states import fill_frame_cache, frame_cache
+from .resuming import last_checkpoint, refuse_weights_alone
 from .zero import ZeroTrainer
 
 
 logger = logging.getLogger(__name__)
+
+SET_ASIDE = "set_aside.jsonl"  # in the output folder
+# What `Trainer` offers and a SpeechLLM has otherwise or not at all.
+NOT_HERE = {
+    "compute_metrics": "`FineTuningTrainer` scores each task (predict_with_generate), `ContrastiveTrainer` retrieval",
+    "compute_loss_func": "give `ContrastiveTrainer` `objectives` of your own, or override `compute_loss`",
+    "preprocess_logits_for_metrics": "the metrics are those of generated answers",
+}
 
 
 @dataclass
@@ -82,6 +91,8 @@ class SpeechLLMTrainingArguments(TrainingArguments):
             raise ValueError("remove_unused_columns must stay False: the data's columns are not the model's inputs.")
         if self.stream_buffer < 1:
             raise ValueError(f"stream_buffer is {self.stream_buffer}; it must be at least 1.")
+        if self.label_smoothing_factor or self.neftune_noise_alpha is not None:
+            raise ValueError("label_smoothing_factor and neftune_noise_alpha change nothing here. Leave them out.")
 
 
 class EpochOfSampler(TrainerCallback):
@@ -123,6 +134,9 @@ class SpeechLLMTrainer(ZeroTrainer):
             _check_stream_settings(args)
         if isinstance(eval_dataset, IterableDataset):
             raise ValueError("`eval_dataset` is a stream; give its rows as a list, e.g. list(stream.take(200)).")
+        for name, instead in NOT_HERE.items():
+            if kwargs.get(name) is not None:
+                raise ValueError(f"`{name}` has no effect here: {instead}.")
         if processing_class is None:
             raise ValueError("Give the model's processor as `processing_class`.")
         if args.n_gpu > 1:
@@ -152,6 +166,9 @@ class SpeechLLMTrainer(ZeroTrainer):
         self.frames = self._frame_cache() if args.feature_cache else None
         self.train_rows = self._usable(train_dataset if self.stream is None else None)
         self.eval_rows = self._usable(eval_dataset)
+        if eval_dataset is not None and len(eval_dataset) and not self.eval_rows:
+            first = next(iter(self.set_aside.values())).reason
+            raise ValueError(f"None of the {len(eval_dataset)} row(s) of `eval_dataset` can be used: {first}")
         self.train_dataset = self.items(self.train_rows) if self.train_rows else None
         self.eval_dataset = self.items(self.eval_rows) if self.eval_rows else None
 
@@ -215,7 +232,16 @@ class SpeechLLMTrainer(ZeroTrainer):
         return frame_cache(self.args.feature_cache, self.headless, self.processing_class, precision)
 
     def _usable(self, rows: list[Row] | None) -> list[Row]:
-        """The rows with ids, their frames cached, without those that cannot be used."""
+        """The rows with ids, their frames cached, without those that cannot be used.
+
+        Raises:
+            ValueError: if several sets of rows are given.
+        """
+        if isinstance(rows, dict):
+            raise ValueError(
+                f"There are {len(rows)} sets of rows; give one. Evaluate the others with `evaluate(rows, "
+                "metric_key_prefix='eval_other')`."
+            )
         rows = with_ids(undecoded(rows) if rows is not None else [])
         aside = [found for row in rows if (found := unusable(row, self.problem))]
         names = {item.id for item in aside}
@@ -238,6 +264,7 @@ class SpeechLLMTrainer(ZeroTrainer):
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
             **sampling,
         )
 
@@ -335,25 +362,42 @@ class SpeechLLMTrainer(ZeroTrainer):
         if len(found) == self._listed or not self.args.should_save:
             return
         self._listed = len(found)
-        path = Path(self.args.output_dir) / "set_aside.jsonl"
-        lines = [json.dumps(asdict(item), ensure_ascii=False) for item in found.values()]
+        path = Path(self.args.output_dir) / SET_ASIDE
+        lines = [json.dumps(asdict(item)) for item in found.values()]
         with explained_saving(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("\n".join(lines) + "\n")
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         for line in counted(found.values()):
             logger.warning("%s", line)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
         self._positions = {}
         self._padding.zero_()
-        if self.stream is not None and resume_from_checkpoint:
-            if resume_from_checkpoint is True:
-                resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
-            if resume_from_checkpoint is not True:  # of which `Trainer` says that there is no checkpoint
-                self._load_positions(resume_from_checkpoint)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True
+        if resume_from_checkpoint and resume_from_checkpoint is not True:  # of which `Trainer` says that there is none
+            self._go_on_from(Path(resume_from_checkpoint))
         output = super().train(resume_from_checkpoint, **kwargs)
         self.write_set_aside()
         return output
+
+    def _go_on_from(self, checkpoint: Path) -> None:
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # whose files have other names
+            refuse_weights_alone(checkpoint)
+        if self.stream is not None:
+            self._load_positions(checkpoint)
+        listed = Path(self.args.output_dir) / SET_ASIDE
+        if listed.is_file():  # by the part of the run before this one
+            lines = listed.read_text(encoding="utf-8").split("\n")
+            before = [SetAside(**json.loads(line)) for line in lines if line]
+            self.set_aside = {item.id: item for item in before} | self.set_aside
+
+    def _run_epoch(self, *positional: Any, **loop: Any) -> None:
+        """An epoch of `Trainer`, which would take one step more where a resumed run has all of its steps already."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*positional, **loop)
 
     # ---- losses and logs -------------------------------------------------------------------------------------------
 
@@ -363,6 +407,11 @@ class SpeechLLMTrainer(ZeroTrainer):
             value = torch.as_tensor(value, device=self.args.device).detach().float()
             term = torch.stack([value if weight else torch.zeros_like(value), value.new_tensor(weight)])
             self._terms[name] = self._terms[name] + term if name in self._terms else term
+
+    def predict(self, *positional: Any, **named: Any):
+        raise NotImplementedError(
+            "`FineTuningTrainer.answers(rows)` gives a model's answers, `evaluate(rows)` the metrics."
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -446,10 +495,12 @@ class SpeechLLMTrainer(ZeroTrainer):
             raise CheckpointError(
                 f"{folder} holds neither {PROJECTOR_WEIGHTS} nor model.safetensors; resume elsewhere."
             )
-        weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        saved = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        own = {name.replace(".base_layer.", "."): name for name in self.speechllm.state_dict()}  # beside LoRA
+        weights = {own.get(name, name): tensor for name, tensor in saved.items()}
         self.speechllm.load_state_dict(weights, strict=False)
         trained = {n for n, p in self.speechllm.named_parameters() if p.requires_grad and "lora_" not in n}
-        if missing := sorted(trained - {name.replace(".base_layer.", ".") for name in weights}):
+        if missing := sorted(trained - weights.keys()):
             raise CheckpointError(f"{folder} lacks the trained weights {missing[:5]}; resume elsewhere.")
         if (folder / ADAPTER_FOLDER / ADAPTER_CONFIG).is_file():
             self.speechllm.load_trained_adapter(folder / ADAPTER_FOLDER)

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch.nn.utils.rnn import pad_sequence
 from transformers.trainer_utils import speed_metrics
 
 from ..data.items import AlignmentItems
@@ -28,6 +27,7 @@ from ..data.schema import Row
 from ..data.splits import words_of
 from ..evaluation.retrieval import retrieval_metrics
 from ..objectives import (
+    info_nce,
     layerwise_contrastive_loss,
     parse_layer_schedule,
     parse_layer_weights,
@@ -40,6 +40,7 @@ from .contrastive_config import ContrastiveArguments
 from .dashboards import AlignmentFigures
 from .frozen_states import fill_text_state_cache, text_state_cache
 from .grad_cache import split_batch, two_pass_backward
+from .held_out import Tokens, held_out_matrices, padded, tokens_of
 from .learned_scalars import LearnedScalars
 from .negatives import FurtherNegatives
 from .objective_terms import ObjectiveTerms
@@ -80,8 +81,13 @@ class ContrastiveTrainer(SpeechLLMTrainer):
         self.layer_weights = {}
         if args.layer_weights not in (None, "learned"):
             self.layer_weights = parse_layer_weights(args.layer_weights, len(headless.llm_layers))
+            if unknown := sorted(set(self.layer_weights) - set(self.all_layers)):
+                raise ValueError(
+                    f"layer_weights names layer {unknown[0]}, which is not aligned; {self.all_layers} are."
+                )
         self.terms = ObjectiveTerms(self, model, args)
-        self.objectives = {**self.terms.objectives(), **(objectives or {})}
+        self.own_objectives = objectives or {}
+        self.objectives = {**self.terms.objectives(), **self.own_objectives}
         # Without them the speech tokens are all that is computed.
         self.needs_states = bool(args.contrastive_weight or objectives)
         if args.contrastive_weight:
@@ -133,6 +139,20 @@ class ContrastiveTrainer(SpeechLLMTrainer):
                 "gradcache_chunk runs several backward passes per step, which DeepSpeed does not allow: use DDP."
             )
         self.terms.prepare()
+        self._refuse_single_pairs()
+
+    def _refuse_single_pairs(self) -> None:
+        """
+        Raises:
+            ValueError: if the contrastive loss would see one pair at a time, of which nothing can be learned.
+        """
+        batch = self.args.per_device_train_batch_size * (self.args.world_size if self.args.gather_negatives else 1)
+        beyond = self.args.symmetric and (self.args.text_bank or self.args.hard_negatives)
+        if self.args.contrastive_weight and batch < 2 and not beyond:
+            raise ValueError(
+                "The contrastive loss compares the pairs of a batch, and gradient accumulation adds none: "
+                "per_device_train_batch_size is 1. Raise it (gradcache_chunk=1 keeps the memory of one)."
+            )
 
     def items(self, rows: list[Row]) -> AlignmentItems:
         items = AlignmentItems(
@@ -402,45 +422,52 @@ class ContrastiveTrainer(SpeechLLMTrainer):
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def held_out_states(self, rows: list[Row] | None = None) -> tuple[list[Row], AlignedStates]:
-        """The evaluation rows that could be used, and their states at all layers of the schedule, on the CPU (pooled to
-        one token where the similarity is cosine)."""
-        dataset = self.eval_dataset if rows is None else self.items(self._usable(rows))
-        if dataset is None:
-            raise ValueError("There is nothing to evaluate on: give `eval_dataset`.")
+    def _held_out_tokens(
+        self, dataset: AlignmentItems
+    ) -> tuple[dict[int, Tokens], dict[int, Tokens], dict[str, float]]:
+        """Tokens of this process's share of the texts and utterances by place in `dataset` (one token, the mean, where the
+        similarity is cosine); and of all processes' the mean of each objective that was passed, as `loss_<name>`."""
+        texts, utterances, sums = {}, {}, torch.zeros(len(self.own_objectives) + 1, dtype=torch.float64)
         self.headless.eval()
-        found: dict[int, dict[str, tuple[dict[int, torch.Tensor], torch.Tensor]]] = {}
         for batch in self.eval_batches(dataset):
             batch = self.on_device(batch)
             with self.accelerator.autocast():  # in training, `Trainer` sees to it
                 states = self.aligned_states(self.headless, batch, self.all_layers)
             if not batch["weight"]:  # a stand-in, which ran only because other processes may wait for it
                 continue
-            if self.pooled:
-                states = pool(states)
-            for i, row in enumerate(batch["rows"]):
-                found[row] = {
-                    side: ({l: s[i].float().cpu() for l, s in values.items()}, mask[i].cpu())  # noqa: E741
-                    for side, values, mask in (
-                        ("text", states.text, states.text_mask),
-                        ("speech", states.speech, states.speech_mask),
-                    )
-                }
+            losses = [float(objective(states)["loss"]) for _, objective in self.own_objectives.values()]
+            sums += len(batch["rows"]) * torch.tensor([*losses, 1.0], dtype=torch.float64)
+            states = pool(states) if self.pooled else states
+            texts.update(zip(batch["rows"], tokens_of(states.text, states.text_mask)))
+            utterances.update(zip(batch["rows"], tokens_of(states.speech, states.speech_mask)))
         if self.args.world_size > 1:
-            found = dict(gather_object(list(found.items())))
-        if not found:
+            texts = dict(gather_object(list(texts.items())))
+            sums = self.accelerator.reduce(sums.to(self.args.device)).cpu()
+        if not texts:
             raise ValueError(f"None of the {len(dataset)} utterances to evaluate on can be used; see `set_aside`.")
-        order = sorted(found)
+        means = (sums[:-1] / sums[-1]).tolist()
+        return texts, utterances, {f"loss_{name}": mean for name, mean in zip(self.own_objectives, means)}
 
-        def stacked(side: str) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
-            masks = pad_sequence([found[row][side][1] for row in order], batch_first=True)
-            states = {
-                layer: pad_sequence([found[row][side][0][layer] for row in order], batch_first=True)
-                for layer in self.all_layers
-            }
-            return states, masks
+    def _evaluated(self, rows: list[Row] | None) -> AlignmentItems:
+        dataset = self.eval_dataset if rows is None else self.items(self._usable(rows))
+        if dataset is None:
+            raise ValueError("There is nothing to evaluate on: give `eval_dataset`.")
+        return dataset
 
-        (text, text_mask), (speech, speech_mask) = stacked("text"), stacked("speech")
+    def held_out_states(self, rows: list[Row] | None = None) -> tuple[list[Row], AlignedStates]:
+        """The evaluation rows that could be used, and their states at all layers of the schedule, in float32 on the CPU
+        (pooled to one token where the similarity is cosine).
+
+        Raises:
+            ValueError: if there are no rows, or none of them can be used.
+        """
+        dataset = self._evaluated(rows)
+        texts, utterances, _ = self._held_out_tokens(dataset)
+        if self.args.world_size > 1:
+            utterances = dict(gather_object(list(utterances.items())))
+        order = sorted(texts)
+        (text, text_mask), (speech, speech_mask) = (padded([side[i] for i in order]) for side in (texts, utterances))
+        text, speech = ({layer: state.float() for layer, state in side.items()} for side in (text, speech))
         states = AlignedStates(text, text_mask, speech, speech_mask, torch.empty(0), {}, self.headless)
         return [dataset.rows[row] for row in order], states
 
@@ -457,33 +484,41 @@ class ContrastiveTrainer(SpeechLLMTrainer):
         """Held-out retrieval per layer over the whole evaluation set, and the contrastive loss with all of it as one
         batch. Metrics are `<prefix>_recall@1_layer_<l>`, `..._recall@5_...`, `..._mean` over layers, and `<prefix>_loss`.
         With further terms, `<prefix>_loss_<term>` too, and `<prefix>_loss` is the weighted sum. (Layers weigh alike.)
+
+        Raises:
+            ValueError: if there is nothing to evaluate on, or a similarity is not finite, naming the rows.
         """
         start = time.time()
-        rows, states = self.held_out_states(eval_dataset)
-        metrics: dict[str, float] = {}
-        self.held_out_similarity = self.similarity_matrices(states)
+        dataset = self._evaluated(eval_dataset)
+        texts, utterances, own_terms = self._held_out_tokens(dataset)
+        rows = [dataset.rows[i] for i in sorted(texts)]
+        self.held_out_similarity = held_out_matrices(
+            self.similarity, texts, utterances, self.args.device, self.args.world_size
+        )
+        metrics: dict[str, float] = {"loss": 0.0}
         for layer, matrix in self.held_out_similarity.items():
+            if broken := [row["id"] for row, good in zip(rows, matrix.diagonal().isfinite().tolist()) if not good]:
+                raise ValueError(
+                    f"The similarities of held-out pairs at layer {layer} are not finite: {broken[:5]}. Check these "
+                    "items' audio and text, or lower the learning rate."
+                )
+            loss = info_nce(matrix, temperature=float(self._temperature()), symmetric=self.args.symmetric).item()
+            metrics["loss"] += loss
+            metrics[f"loss_layer_{layer}"] = loss
             for name, value in retrieval_metrics(matrix, [self.batch_key(row) for row in rows]).items():
                 metrics[f"{name}_layer_{layer}"] = value
         self.held_out_recall = {layer: metrics[f"recall@1_layer_{layer}"] for layer in self.held_out_similarity}
         for name in ("recall@1", "recall@5"):
             values = [value for key, value in metrics.items() if key.startswith(f"{name}_layer")]
             metrics[f"{name}_mean"] = sum(values) / len(values)
-        terms = layerwise_contrastive_loss(
-            states.text,
-            states.text_mask,
-            states.speech,
-            states.speech_mask,
-            similarity=self.similarity,
-            temperature=float(self._temperature()),
-            symmetric=self.args.symmetric,
-        )
-        metrics.update({name.replace("layer", "loss_layer"): value.item() for name, value in terms.items()})
-        if self.terms.weights:
+        weights = self.terms.weights | {name: weight for name, (weight, _) in self.own_objectives.items()}
+        if weights:
             metrics["loss_contrastive"] = metrics["loss"]
-            metrics.update(self.terms.held_out(self.eval_dataset if eval_dataset is None else self.items(rows)))
+            metrics.update(own_terms)
+            if self.terms.weights:
+                metrics.update(self.terms.held_out(self.eval_dataset if eval_dataset is None else self.items(rows)))
             metrics["loss"] = self.args.contrastive_weight * metrics["loss"] + sum(
-                weight * metrics[f"loss_{name}"] for name, weight in self.terms.weights.items()
+                weight * metrics[f"loss_{name}"] for name, weight in weights.items()
             )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         metrics.update(speed_metrics(metric_key_prefix, start, num_samples=len(rows)))

@@ -16,7 +16,11 @@ class FineTuningArguments(SpeechLLMTrainingArguments):
     """Settings of `FineTuningTrainer`, beyond those of `transformers.TrainingArguments`."""
 
     lora_rank: int = field(
-        default=0, metadata={"help": "Rank of LoRA on the LLM's attention and MLP; 0, as in the paper, trains none."}
+        default=0,
+        metadata={
+            "help": "Rank of LoRA on the LLM's attention and MLP; 0, as in the paper, adds none. (That of --model goes on "
+            "being trained.)"
+        },
     )
     lora_alpha: int = field(default=16, metadata={"help": "LoRA's scale is lora_alpha / lora_rank."})
     train_llm: bool = field(

@@ -7,6 +7,7 @@ answers and scores them by task; any of these metrics can choose the best checkp
 """
 
 import copy
+import logging
 import time
 from collections import defaultdict
 from typing import Any
@@ -24,6 +25,9 @@ from ..evaluation.generation import generate_texts
 from ..evaluation.scoring import is_scored, references_of, task_of, training_metrics
 from .base import SpeechLLMTrainer
 from .fine_tuning_config import FineTuningArguments
+
+
+logger = logging.getLogger(__name__)
 
 
 def add_lora(model, rank: int, alpha: int, seed: int = 0) -> None:
@@ -47,14 +51,31 @@ def add_lora(model, rank: int, alpha: int, seed: int = 0) -> None:
         parameter.requires_grad_(True)
 
 
-def thaw_llm(model) -> None:
-    """Make all of the LLM trainable, in float32: in bfloat16 most updates would be rounded away.
+def _adapter_of(model) -> Any:
+    """The configuration of the model's LoRA, if it has one."""
+    loaded = getattr(model, "_hf_peft_config_loaded", False)
+    return next(iter(model.peft_config.values())) if loaded else None
 
-    Raises:
-        ValueError: if the model has an adapter.
+
+def _refuse_other_adapter(adapter: Any, args: FineTuningArguments) -> None:
     """
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError("train_llm is for an LLM without an adapter. Merge it first (speechllm publish --merge-lora).")
+    Raises:
+        ValueError: if the settings ask for another adapter than the model has, or for none.
+    """
+    merge = "Merge it into the LLM first (speechllm publish --merge-lora)"
+    if args.train_llm:
+        raise ValueError(f"train_llm is for an LLM without an adapter. {merge}.")
+    has = (adapter.r, adapter.lora_alpha)
+    if args.lora_rank and has != (args.lora_rank, args.lora_alpha):
+        raise ValueError(
+            f"The model has LoRA of rank {has[0]} and alpha {has[1]}, which goes on being trained; lora_rank is "
+            f"{args.lora_rank} and lora_alpha {args.lora_alpha}. Leave lora_rank out or give the same. {merge} to begin anew."
+        )
+    logger.info("The model's LoRA of rank %d goes on being trained.", adapter.r)
+
+
+def thaw_llm(model) -> None:
+    """Make all of the LLM trainable, in float32: in bfloat16 most updates would be rounded away."""
     model.config.freeze_language_model = False
     for module in (model.model.language_model, model.head):
         module.float().requires_grad_(True)
@@ -72,9 +93,12 @@ class FineTuningTrainer(SpeechLLMTrainer):
     keys_differ_between_processes = False  # one answer is no negative of another
 
     def __init__(self, model, args: FineTuningArguments, *positional: Any, **kwargs: Any):
-        if args.lora_rank and not getattr(model, "_hf_peft_config_loaded", False):
+        adapter = _adapter_of(model)
+        if adapter is not None:  # which is trained on
+            _refuse_other_adapter(adapter, args)
+        elif args.lora_rank:
             add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
-        if args.train_llm:
+        elif args.train_llm or not model.config.freeze_language_model:
             thaw_llm(model)
         super().__init__(model, args, *positional, **kwargs)
         if args.early_stopping_patience is not None:

@@ -30,7 +30,7 @@ class PushingTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         source = read_summary(self.speechllm.name_or_path, **self.speechllm.loaded_from)
-        self._earlier_stages = source.get("stages", [])
+        self.earlier_stages = source.get("stages", [])
         self._started = time.monotonic()
         super().__init__(*args, **kwargs)
 
@@ -52,7 +52,7 @@ class PushingTrainer(Trainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def save_summary(self, folder: Path) -> None:
-        write_summary(folder, self, self._earlier_stages, time.monotonic() - self._started)
+        write_summary(folder, self, self.earlier_stages, time.monotonic() - self._started)
 
     # ---- pushing ---------------------------------------------------------------------------------------------------
 

@@ -61,6 +61,25 @@ def test_a_checkpoint_without_weights_is_refused(tmp_path):
         contrastive(tmp_path / "run").train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
+@pytest.mark.parametrize("make", [contrastive, fine_tuning])
+def test_what_trainer_offers_and_has_no_effect_here_is_refused(tmp_path, make):
+    def build(**options):
+        trainer = make(tmp_path)
+        model, processor = trainer.speechllm, trainer.processing_class
+        return type(trainer)(model, trainer.args, tiny_rows(), processing_class=processor, **options)
+
+    with pytest.raises(ValueError, match="`compute_metrics` has no effect here"):
+        build(compute_metrics=dict)
+    with pytest.raises(ValueError, match="There are 2 sets of rows; give one"):
+        build(eval_dataset={"dev": tiny_rows(2), "test": tiny_rows(2)})
+    with pytest.raises(ValueError, match=r"None of the 2 row\(s\) of `eval_dataset` can be used: utterance 0"):
+        build(eval_dataset=[{**row, "text": ""} for row in tiny_rows(2)])
+    with pytest.raises(ValueError, match="label_smoothing_factor"):
+        make(tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(NotImplementedError, match="answers"):
+        build().predict(tiny_rows(2))
+
+
 def test_one_process_with_several_gpus_is_refused(tmp_path):
     with (
         mock.patch.object(TrainingArguments, "n_gpu", mock.PropertyMock(return_value=2)),

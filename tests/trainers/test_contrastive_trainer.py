@@ -20,6 +20,7 @@ from transformers import TrainerCallback, set_seed
 from speechllm import AudioError
 from speechllm.data.prompts import shared_prefix
 from speechllm.objectives import cosine_similarity_matrix, layerwise_contrastive_loss
+from speechllm.trainers import held_out
 
 
 class LayerCalls:
@@ -224,6 +225,29 @@ def test_a_further_objective_adds_its_term(tmp_path):
     log = next(log for log in trainer.state.log_history if "loss" in log)
     assert log["loss"] == pytest.approx(log["loss_contrastive"] + 0.3 * log["loss_size"], abs=1e-4)
     assert log["loss_size_layer_0"] == pytest.approx(2 * log["loss_size"], abs=1e-5)  # not mixed up with `loss_layer_0`
+    alone = contrastive(tmp_path, held_out=tiny_rows(5), objectives={"size": (0.3, size)}, contrastive_weight=0)
+    seen.clear()
+    metrics = alone.evaluate()
+    sizes = [len(states.text_mask) * states.speech_tokens.square().mean().item() for states in seen]
+    assert len(sizes) == 2 and metrics["eval_loss_size"] == pytest.approx(sum(sizes) / 5, abs=1e-5)
+    assert metrics["eval_loss"] == pytest.approx(0.3 * metrics["eval_loss_size"], abs=1e-6)
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "wasserstein"])
+def test_a_held_out_set_is_compared_block_by_block(tmp_path, monkeypatch, similarity):
+    """With the loss and the similarities of all pairs at once, padded."""
+    monkeypatch.setattr(held_out, "BLOCK", 3)
+    trainer = contrastive(tmp_path, held_out=tiny_rows(7), similarity=similarity, layers="0,2", symmetric=True)
+    metrics = trainer.evaluate()
+    rows, states = trainer.held_out_states()
+    assert [row["id"] for row in rows] == [f"utterance {i}" for i in range(7)]
+    expected = layerwise_contrastive_loss(
+        states.text, states.text_mask, states.speech, states.speech_mask, similarity=similarity, symmetric=True
+    )
+    for name, value in expected.items():
+        assert metrics[f"eval_{name.replace('layer', 'loss_layer')}"] == pytest.approx(value.item(), abs=1e-5)
+    for layer, matrix in trainer.similarity_matrices(states).items():
+        torch.testing.assert_close(trainer.held_out_similarity[layer], matrix, atol=1e-5, rtol=0)
 
 
 def test_equal_transcripts_never_share_a_batch(tmp_path):
@@ -293,6 +317,8 @@ def test_settings_that_cannot_be(tmp_path):
         ({"layer_schedule": "5:emb"}, "begin at step 0"),
         ({"layer_schedule": "0:emb 0:all"}, "same step"),
         ({"temperature": 0.0}, "above 0"),
+        ({"layers": "0,3", "layer_weights": "2:5"}, r"names layer 2, which is not aligned; \[0, 3\] are"),
+        ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}, "accumulation adds none"),
     ):
         with pytest.raises(ValueError, match=message):
             contrastive(tmp_path, **options)

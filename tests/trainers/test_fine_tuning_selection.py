@@ -93,8 +93,15 @@ def test_settings_that_make_no_sense_are_refused(tmp_path):
         fine_tuning(tmp_path, held_out=tiny_rows(2), metric_for_best_model="wer", predict_with_generate=False)
     model = tiny_trainable()
     fine_tuning(tmp_path, model, lora_rank=2)
-    with pytest.raises(ValueError, match="Merge it first"):
+    with pytest.raises(ValueError, match="Merge it into the LLM first"):
         fine_tuning(tmp_path, model, train_llm=True)
+    with pytest.raises(ValueError, match=r"LoRA of rank 2 and alpha 16.*lora_rank is 4 and lora_alpha 16"):
+        fine_tuning(tmp_path, model, lora_rank=4)
+    assert fine_tuning(tmp_path, model).speechllm.peft_config["default"].r == 2  # which goes on
+    thawed = tiny_trainable().to(torch.bfloat16)
+    thawed.config.freeze_language_model = False
+    language_model = fine_tuning(tmp_path, thawed).headless.language_model
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in language_model.parameters())
 
 
 def scripted(trainer, values):

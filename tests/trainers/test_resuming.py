@@ -1,0 +1,129 @@
+"""From which checkpoint a run goes on: the last one that is whole, of this run, with all of its state, and not too far."""
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from tiny import tiny_processor
+from tiny_training import contrastive, fine_tuning, tiny_rows, tiny_trainable, weights_of
+
+from speechllm import CheckpointError
+from speechllm.trainers.resuming import last_checkpoint
+from speechllm.training import run_training
+
+
+EVERY_2 = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path, caplog):
+    contrastive(tmp_path / "whole", **EVERY_2, max_steps=4).train()
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    (tmp_path / "killed" / "checkpoint-4" / "trainer_state.json").unlink()
+    (tmp_path / "killed" / "checkpoint-notes").mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert last_checkpoint(tmp_path / "killed") == str(tmp_path / "killed" / "checkpoint-2")
+    assert "checkpoint-4 was not written to its end" in caplog.text
+    assert last_checkpoint(tmp_path / "nowhere") is None
+    trainer = contrastive(tmp_path / "killed", **EVERY_2, max_steps=4)
+    trainer.train(resume_from_checkpoint=True)
+    assert [log["step"] for log in trainer.state.log_history if "loss" in log] == [1, 2, 3, 4]
+
+
+def test_a_finished_run_is_not_trained_on(tmp_path, capsys):
+    """Six steps of four an epoch: `Trainer` would take a seventh, and an eighth the next time."""
+    options = {**EVERY_2, "max_steps": 6}
+    first = contrastive(tmp_path, **options)
+    run_training(first)
+    capsys.readouterr()
+    again = contrastive(tmp_path, **options)
+    run_training(again)
+    assert "It has all of its 6 steps already; nothing was trained." in capsys.readouterr().out
+    assert again.state.global_step == 6 and not (tmp_path / "checkpoint-7").exists()
+    for name, value in weights_of(first.speechllm).items():
+        assert torch.equal(again.speechllm.state_dict()[name], value), name
+    longer = contrastive(tmp_path, **{**options, "max_steps": 7})
+    run_training(longer)
+    assert longer.state.global_step == 7 and "nothing was trained" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"layers": "0"}, "layers was 0,1, and is 0 now"),
+        ({"learning_rate": 1e-3}, "learning_rate was 0.01, and is 0.001 now"),
+        ({"similarity": "wasserstein"}, "similarity was cosine, and is wasserstein now"),
+        ({"layer_schedule": "0:emb 2:all"}, "layer_schedule was None, and is 0:emb 2:all now"),
+    ],
+)
+def test_other_settings_are_another_run(tmp_path, change, reason):
+    options = {**EVERY_2, "layers": "0,1", "max_steps": 2}
+    run_training(contrastive(tmp_path, **options))
+    with pytest.raises(CheckpointError, match=f"of another run: {reason}.*another --output_dir"):
+        run_training(contrastive(tmp_path, **{**options, **change, "max_steps": 4}))
+    free = contrastive(tmp_path, **options, gradcache_chunk=2)  # decides how the loss is computed, not what it is
+    run_training(free)
+    told = contrastive(
+        tmp_path, **{**options, **change, "max_steps": 3}, resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+    )
+    run_training(told)
+    assert told.state.global_step == 3
+
+
+def test_another_stage_or_model_is_another_run(tmp_path):
+    run_training(contrastive(tmp_path / "one", **EVERY_2))
+    with pytest.raises(CheckpointError, match="it is of ContrastiveTrainer"):
+        run_training(fine_tuning(tmp_path / "one", **EVERY_2, max_steps=4))
+    run_training(contrastive(tmp_path / "two", **EVERY_2, seed=3))
+
+    def tuned(start, **options):
+        model = tiny_trainable()
+        model.name_or_path = str(tmp_path / start)  # as `from_pretrained` has it
+        return fine_tuning(tmp_path / "tuned", model, processor=tiny_processor(model.config), **EVERY_2, **options)
+
+    run_training(tuned("one"))
+    with pytest.raises(CheckpointError, match="it began from another model"):
+        run_training(tuned("two", max_steps=4))
+    run_training(tuned("one", max_steps=4))
+
+
+def test_weights_alone_are_no_checkpoint_to_go_on_from(tmp_path):
+    """The optimiser and the learning rate would begin anew, and nothing would say so."""
+    contrastive(tmp_path, **EVERY_2, save_only_model=True).train()
+    with pytest.raises(CheckpointError, match="holds no optimizer.pt, as with save_only_model"):
+        run_training(contrastive(tmp_path, **EVERY_2, save_only_model=True, max_steps=4))
+
+
+def test_what_was_set_aside_before_stays_listed(tmp_path):
+    rows = tiny_rows()
+    rows[3]["text"] = ""
+    contrastive(tmp_path, train=rows, **EVERY_2).train()
+    rows = tiny_rows()
+    rows[5]["text"] = ""
+    resumed = contrastive(tmp_path, train=rows, **EVERY_2, max_steps=4)
+    resumed.train(resume_from_checkpoint=True)
+    listed = [json.loads(line)["id"] for line in (tmp_path / "set_aside.jsonl").read_text().splitlines()]
+    assert sorted(listed) == ["utterance 3", "utterance 5"]
+
+
+def test_lora_beside_a_thawed_llm_is_resumed(tmp_path):
+    """Its own weights are saved by the names that they have without LoRA."""
+
+    def trainer(folder, **options):
+        model = tiny_trainable()
+        model.config.freeze_language_model = False
+        model.model.language_model.requires_grad_(True)
+        return fine_tuning(tmp_path / folder, model, lora_rank=2, **EVERY_2, **options)
+
+    whole = trainer("whole", max_steps=4)
+    whole.train()
+    resumed = trainer("resumed", max_steps=4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    after, changed = weights_of(whole.speechllm), 0
+    for name, value in weights_of(resumed.speechllm).items():
+        torch.testing.assert_close(value, after[name], atol=1e-5, rtol=0, msg=name)
+        changed += "base_layer" in name and not torch.equal(
+            value, weights_of(tiny_trainable()).get(name.replace(".base_layer", ""), value)
+        )
+    assert changed
