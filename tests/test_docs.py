@@ -76,7 +76,16 @@ def test_blocks_run(page, reader, tmp_path, monkeypatch, capsys):
     for line in "\n".join(blocks(DOCS / page, "bash")).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words[:2] in (["speechllm", "pretrain"], ["speechllm", "finetune"]) and "--config" not in words:
-            assert main([*words[1:], "--max_steps", "2", "--disable_tqdm", "true"]) == 0, capsys.readouterr().err
+            few = [
+                "--max_steps",
+                "2",
+                "--per_device_train_batch_size",
+                "4",
+                "--disable_tqdm",
+                "true",
+            ]  # of 16 recordings
+            few += ["--held_out", "4"] if "--held_out" in words else []
+            assert main([*words[1:], *few]) == 0, capsys.readouterr().err
 
 
 def test_every_page_is_in_the_navigation():

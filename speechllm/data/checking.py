@@ -18,17 +18,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import soundfile
 
 from ..audio_speechllm import AudioError, load_audio, read_bytes
 from .prompts import prompt_of
-from .schema import ManifestError, Row, SetAside, audio_paths, gender_pairs, with_ids
+from .schema import LISTS, TEXTS, ManifestError, Row, SetAside, audio_paths, gender_pairs, with_ids, with_target
 
 
 THREADS = 8  # that read headers and decode audio; soundfile does both outside of Python's lock
 EXAMPLES = 1  # that a report shows of each cause
-TEXTS, LISTS = ("text", "target", "question", "prompt"), ("answers", "choices")  # columns
 
 
 @dataclass
@@ -110,25 +108,6 @@ def check_rows(rows: Iterable[Row | SetAside], name: str, strict: bool = False, 
         first = f" The first of {len(loaded.set_aside)}: {loaded.set_aside[0].reason}" if loaded.set_aside else ""
         raise ManifestError(f"{name} holds no rows that can be used.{first}")
     return Loaded(with_ids(loaded.rows), loaded.set_aside)
-
-
-def with_target(row: Row) -> Row:
-    """The row with a list of `answers`, for which one answer or SQuAD's dictionary may stand, and the first as `target`.
-    Numbers stand for texts too: JSON has 42 where a transcript or an answer is "42"."""
-    row = {**row, **{name: _text(row[name]) for name in TEXTS if name in row}}
-    answers = row.get("answers")
-    if isinstance(answers, dict):
-        row["answers"] = answers.get("text")
-    elif isinstance(answers, str | int | float):
-        row["answers"] = [answers]
-    for name in LISTS:
-        if isinstance(values := row.get(name), list | tuple | np.ndarray):
-            row[name] = [text for text in map(_text, values) if text != ""]
-    return {**row, "target": row["answers"][0]} if row.get("answers") and not row.get("target") else row
-
-
-def _text(value: Any) -> Any:
-    return str(value) if type(value) in (int, float) else value
 
 
 def problem(row: Row, name: str, known: dict[str, str | None], answers: bool = True) -> SetAside | None:

@@ -190,6 +190,9 @@ def align_manifest(data: str, output: str, ctc_model: str | None = None, device:
     Returns:
         How many rows are `forced`, `proportional` and `set_aside`, and how many `unknown` characters were passed over
         (in this run).
+
+    Raises:
+        ManifestError: if `data` cannot be read, `output` does not end in .jsonl, or no row can be aligned.
     """
     target = Path(output)
     if target.suffix != ".jsonl":

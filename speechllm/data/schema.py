@@ -31,10 +31,15 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 
 
 Row = dict[str, Any]
 GenderTerms = str | Sequence[Sequence[str]]
+TEXTS, LISTS = (
+    ("text", "target", "question", "prompt"),
+    ("answers", "choices"),
+)  # columns of texts, and of lists of texts
 
 
 class ManifestError(ValueError):
@@ -54,6 +59,25 @@ class SetAside:
     id: str
     reason: str
     kind: str = "unusable"
+
+
+def with_target(row: Row) -> Row:
+    """The row with a list of `answers`, for which one answer or SQuAD's dictionary may stand, and the first as `target`.
+    Numbers stand for texts too: JSON has 42 where a transcript or an answer is "42"."""
+    row = {**row, **{name: _text(row[name]) for name in TEXTS if name in row}}
+    answers = row.get("answers")
+    if isinstance(answers, dict):
+        row["answers"] = answers.get("text")
+    elif isinstance(answers, str | int | float):
+        row["answers"] = [answers]
+    for name in LISTS:
+        if isinstance(values := row.get(name), list | tuple | np.ndarray):
+            row[name] = [text for text in map(_text, values) if text != ""]
+    return {**row, "target": row["answers"][0]} if row.get("answers") and not row.get("target") else row
+
+
+def _text(value: Any) -> Any:
+    return str(value) if type(value) in (int, float) else value
 
 
 def gender_pairs(terms: GenderTerms | None) -> list[tuple[str, str]]:
@@ -94,7 +118,7 @@ def load_rows(path: str | os.PathLike, columns: dict[str, str] | None = None) ->
     for row in manifest_rows(path, columns):
         if isinstance(row, SetAside):
             raise ManifestError(row.reason)
-        rows.append(row)
+        rows.append(with_target(row))
     return with_ids(rows)
 
 

@@ -29,10 +29,9 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import Dataset
 
-from .checking import with_target
 from .items import SpeechCollator, SpeechItems, approximate_length
 from .sampling import packed_batches
-from .schema import ManifestError, Row, SetAside, unusable
+from .schema import ManifestError, Row, SetAside, unusable, with_target
 
 
 # Of a reader: `pass` through its share, `window` (buffers filled before, over all passes), `state` of the stream and rows

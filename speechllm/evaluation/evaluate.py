@@ -19,10 +19,10 @@ from typing import Any
 from accelerate import PartialState
 
 from ..base_models_speechllm import CheckpointError
-from ..data.checking import malformed, with_target
+from ..data.checking import malformed
 from ..data.feature_cache import FeatureCache, fingerprint
 from ..data.prompts import filled, prompt_of, shared_prefix
-from ..data.schema import Row, SetAside, with_ids
+from ..data.schema import Row, SetAside, with_ids, with_target
 from ..hub.training_summary import library_versions
 from ..modeling_speechllm import SpeechLLMForConditionalGeneration
 from ..processing_speechllm import SpeechLLMProcessor

@@ -18,6 +18,7 @@ from .sinkhorn import wasserstein_distance_matrix
 
 
 def negative_wasserstein(text, text_mask, speech, speech_mask) -> torch.Tensor:
+    """Minus `wasserstein_distance_matrix`, of its shape: a similarity."""
     return -wasserstein_distance_matrix(text, text_mask, speech, speech_mask)
 
 
@@ -35,8 +36,8 @@ def parse_layers(layers: str, depth: int) -> list[int]:
     """Names of layer sets -> hidden-state indices.
 
     Args:
-        layers: `"emb"`: [0], the LLM's input embeddings; `"all"`: every fifth and the last, as in the paper; or
-            indices, e.g. `"0,4,8"` (negative ones count from the last: -1).
+        layers: `"emb"`: [0], the LLM's input embeddings; `"all"`: every fifth and the last (the paper leaves out the
+            30th of 32); or indices, e.g. `"0,4,8"` (negative ones count from the last: -1).
         depth: number of the LLM's layers, hence index of its last hidden state.
 
     Raises:

@@ -66,7 +66,8 @@ class Scale:
         probing: see `probing.py`.
         prepared: whether the command makes its data (`data.py`); otherwise the recipes' manifests must be there.
         tasks: if so, task -> rows of fine-tuning in the manifest of each fraction, and rows of the test.
-        notes: what a reader of the results must know of the settings; goes into the report.
+        notes, fine_tuning_notes: what a reader of the results must know of the settings, the latter of those of
+            fine-tuning; they go into the report.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Scale:
     tasks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     seeds: int = 3
     notes: tuple[str, ...] = ()
+    fine_tuning_notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -42,6 +42,8 @@ class Report:
         self.scale, self.cells, self.output, self.name = scale, cells, output, name
         self.plots = "plots" if name == "results" else f"plots-{name}"
         self.command = command
+        study = "" if name == "results" else f"Study {name.removeprefix('study-')}, "
+        self.title = f"{study}{'s' if study else 'S'}cale {scale.name}"
         self._predictions: dict[str, list[Prediction]] = {}  # by the cell's hash
         self._scored: dict[tuple[str, bool, frozenset[str]], dict[tuple[str, str], CorpusMetric]] = {}
 
@@ -64,8 +66,9 @@ class Report:
         rows = list(dict.fromkeys(cell.row for cell in self.cells))
         return {
             "scale": self.scale.name,
+            "title": self.title,
             "command": self.command,
-            "notes": [*self.scale.notes, *left_out],
+            "notes": [*self.scale.notes, *self.scale.fine_tuning_notes, *left_out],
             "cells": {"planned": len(self.cells), "there": len(found)},
             "missing": [cell.name.removeprefix("cells/") for cell in self.cells if cell not in found],
             "seeds": sorted({cell.seed for cell in found}),

@@ -73,17 +73,19 @@ TINY = Scale(
     notes=(
         "Every row is pretrained for about the same time on two cores (a number of steps fixed beforehand, seconds as "
         "measured): a warm start at the LLM's input is part of it.",
-        "Fine-tuning trains the projector and LoRA (rank 8) on the LLM, in all rows: an LLM of 135 million parameters "
-        "cannot translate, and a projector cannot teach it to. The paper trains the projector alone.",
+        "The text-only oracle reads the transcript in the place of the audio, fine-tuned as the others (0%: straight away). "
+        "It cannot know the traits.",
+        "Probes are of the first seed.",
+        "Rows with one seed: their intervals and tests know the test set alone, not what another seed would give.",
+    ),
+    fine_tuning_notes=(
+        "Fine-tuning trains the projector and, unless a row's name says otherwise, LoRA (rank 8) on the LLM: one of 135 "
+        "million parameters cannot translate, and a projector cannot teach it to. The paper trains the projector alone.",
         "No translation: fine-tuned on 90 rows of it, this LLM reaches 1.2 BLEU from the transcript itself, so that hearing "
         "decides nothing. Claims on translation and question answering are judged by the latter.",
         "Every fraction is fine-tuned for the same 120 steps of 8 rows, two thirds of them recognition, drawn from all "
         "recordings or from a tenth of them. With all data most of it is never seen, so that the fractions differ less "
         "than in the paper.",
-        "The text-only oracle reads the transcript in the place of the audio, fine-tuned as the others (0%: straight away). "
-        "It cannot know the traits.",
-        "Probes are of the first seed.",
-        "Rows with one seed: their intervals and tests know the test set alone, not what another seed would give.",
     ),
 )
 
@@ -129,14 +131,14 @@ SMALL = replace(
     tasks={"asr": (1200, 120), "st": (800, 120), "sqa": (800, 120), "traits": (800, 96)},
     notes=(
         "The models and the speech of `tiny`, and translation; the training is longer.",
-        TINY.notes[1],
-        *TINY.notes[4:],
+        *TINY.notes[1:],
     ),
+    fine_tuning_notes=TINY.fine_tuning_notes[:1],
 )
 
 # ---- paper: the published setting ------------------------------------------------------------------------------------
 
-# The manifests that `recipes/paper` names must be there (docs/data.md).
+# The manifests that `recipes/paper` names must be there (docs/paper_index.md).
 PAPER = Scale(
     name="paper",
     recipes="paper",

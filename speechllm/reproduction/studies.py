@@ -148,7 +148,8 @@ def scale_of(scale: Scale, name: str) -> Scale:
         rows=tuple(rows),
         fractions=study.fractions,
         seeds=study.seeds,
-        notes=(study.question, "One seed: intervals and tests know the test set alone.", *scale.notes),
+        notes=(study.question, "One seed: intervals and tests know the test set alone."),
+        fine_tuning_notes=scale.fine_tuning_notes if any(row.fractions != () for row in rows) else (),
     )
 
 

@@ -67,7 +67,7 @@ def tables_of(results: Results) -> list[Table]:
 
 def markdown(results: Results, tables: list[Table], figures: list[str], plots: str = "plots") -> str:
     """A page whose plots are the files `<plots>/<figure>.svg` beside it."""
-    lines = [f"# Scale `{results['scale']}`", "", f"`{results['command']}`", "", about(results), ""]
+    lines = [f"# {results['title']}", "", f"`{results['command']}`", "", about(results), ""]
     lines += [f"- {note}" for note in results["notes"]]
     if missing := results["missing"]:
         lines += ["", f"**Not run, or failed:** {', '.join(missing)}."]

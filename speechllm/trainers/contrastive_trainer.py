@@ -155,6 +155,7 @@ class ContrastiveTrainer(SpeechLLMTrainer):
             )
 
     def items(self, rows: list[Row]) -> AlignmentItems:
+        """Speech and transcripts of `rows`; the cache of text states, if there is one, is filled first."""
         items = AlignmentItems(
             rows,
             self.processing_class,
@@ -177,10 +178,12 @@ class ContrastiveTrainer(SpeechLLMTrainer):
         return sum(len(self.prefix) + len(text) for text in ids)
 
     def problem(self, row: Row) -> str | None:
+        """A missing transcript, or what a further term has against the row."""
         has_text = isinstance(row.get("text"), str) and row["text"].strip()
         return self.terms.problem(row) if has_text else f"{row['id']} has no `text`. Give its transcript."
 
     def batch_key(self, row: Row) -> str:
+        """The transcript's words, without case and punctuation: equal ones would be false negatives."""
         return " ".join(words_of(row["text"])) or row["text"]
 
     def layers_at(self, step: int) -> list[int]:

@@ -109,9 +109,11 @@ class FineTuningTrainer(SpeechLLMTrainer):
         self._prompt_start: tuple[torch.Tensor, Any] | None = None  # of a frozen LLM: token ids, keys and values
 
     def items(self, rows: list[Row], with_answer: bool = True) -> AnswerItems:
+        """Prompts with speech, and the answers, or (to generate them) without."""
         return AnswerItems(rows, self.processing_class, self.frames, with_answer=with_answer)
 
     def problem(self, row: Row) -> str | None:
+        """A missing prompt or answer."""
         try:
             chat_of(row)
         except ValueError as error:

@@ -22,11 +22,13 @@ def question_answering(answers: Sequence[Sequence[str]], predictions: Sequence[s
 
 
 def normalise_answer(text: str) -> str:
+    """SQuAD v1.1's normalisation: lower case, without ASCII punctuation and articles, single spaces."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def exact_match(prediction: str, answer: str) -> bool:
+    """Whether both are equal after normalisation."""
     return normalise_answer(prediction) == normalise_answer(answer)
 
 
