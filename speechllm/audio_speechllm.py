@@ -6,6 +6,7 @@
     {"path", "offset", "duration"}                      seconds of a long recording, of which no more is read
     {"path", "byte_offset", "byte_length"}              a file inside a tar archive
     {"parts": [source, ...]}                            several, one after the other
+    {"array", "checked": True}                          what `load_audio` returned, or a piece of it: taken as it is
 
 `soundfile` decodes (the content decides the format, not the name) and `torchaudio` resamples. Audio that no
 recogniser could make sense of raises an `AudioError`, so that training can set the utterance aside and count it.
@@ -41,7 +42,9 @@ BLOCK = 1 << 20  # samples per channel decoded at a time
 BUDGET_RATE, SMALLEST_BUDGET = 96_000, 16 * BLOCK
 LARGEST_SAMPLE = 16.0  # of float audio; files go a little beyond 1, integers in disguise far beyond
 LARGEST_CLIPPED_FRACTION = 0.3  # of the samples at the peak value; loud but usable recordings stay below a few percent
+QUIET = 0.01  # a peak below which samples at the peak are not clipped, but a few steps of quantisation
 SILENCE = 1e-5  # largest difference between samples of a silent recording (-100 dBFS)
+UNKNOWN_LENGTH = 0x7FFF0000  # from here on, a WAV header's size is what recorders write into a stream before its end
 
 AudioSource = str | os.PathLike | bytes | np.ndarray | torch.Tensor | dict[str, Any]
 
@@ -84,6 +87,8 @@ def load_audio(
     if isinstance(source, dict):
         name = name or source.get("path")
         if source.get("array") is not None:
+            if source.get("checked"):
+                return np.asarray(source["array"], dtype=np.float32)
             return load_audio(source["array"], source.get("sampling_rate", sampling_rate), name, shortest, max_seconds)
         if source.get("parts"):
             parts = [load_audio(part, sampling_rate, None, 1, max_seconds) for part in source["parts"]]
@@ -112,6 +117,11 @@ def load_audio(
             f"{name or 'The audio'} is a {type(source).__name__}. Give a path, bytes, a NumPy array or a torch tensor."
         )
     return _resampled(_checked(_mono(samples, name), rate, name, shortest, max_seconds), rate, name)
+
+
+def is_silent(samples: np.ndarray) -> bool:
+    """Whether nothing is to be heard in (samples,), as in a muted stretch of a recording."""
+    return bool(samples.max() - samples.min() < SILENCE)
 
 
 def cut_at_pauses(samples: np.ndarray, max_seconds: float) -> list[tuple[int, int]]:
@@ -183,9 +193,9 @@ def _decode(
     if not data:
         raise AudioError(f"{name} is an empty file. Record or download it again.")
     if duration is None and data[:4] == b"RIFF" and data[8:12] == b"WAVE":
-        declared = int.from_bytes(data[4:8], "little")
-        # Streams of unknown length declare 0 or the largest number; those are complete as they are.
-        if 0 < declared < 0xFFFFFF00 and declared > len(data) - 8 + 1:
+        data, declared = _with_length(data), int.from_bytes(data[4:8], "little")
+        # Streams of unknown length declare 0 or a very large number; those are complete as they are.
+        if 0 < declared < UNKNOWN_LENGTH and declared > len(data) - 8 + 1:
             raise AudioError(
                 f"{name} is truncated: its header promises {declared + 8:,} bytes, but there are {len(data):,}. "
                 "Download or copy it again."
@@ -238,21 +248,37 @@ def _decode(
     return samples, rate
 
 
+def _with_length(data: bytes) -> bytes:
+    """A WAV file whose samples are declared to be none, as some recorders leave it in a stream: with their real length."""
+    at = 12
+    while at + 8 < len(data):
+        name, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+        if name == b"data":
+            rest = len(data) - at - 8
+            return data if size else data[: at + 4] + rest.to_bytes(4, "little") + data[at + 8 :]
+        at += 8 + size + size % 2
+    return data
+
+
 def _as_samples(source: Any, name: str) -> np.ndarray:
-    samples = source.detach().cpu().float().numpy() if _is_low_precision(source) else np.asarray(source)
+    if isinstance(source, torch.Tensor):
+        source = source.detach().cpu()
+        source = source.float() if source.dtype in (torch.bfloat16, torch.float16) else source
+    samples = np.asarray(source)
     if samples.ndim not in (1, 2):
         raise AudioError(f"{name} has shape {samples.shape}. Give (time,), (channels, time) or (time, channels).")
     if np.issubdtype(samples.dtype, np.integer):
+        if samples.dtype.itemsize == 8:  # which no recording has, and any list of whole numbers becomes
+            raise AudioError(
+                f"{name} has 64-bit integers, which do not say how loud they are. Convert them to the type that was recorded "
+                "(int16, int32), or to floats in [-1, 1]."
+            )
         half = 2.0 ** (8 * samples.dtype.itemsize - 1)
         zero = half if np.issubdtype(samples.dtype, np.unsignedinteger) else 0.0  # as in 8-bit WAV files
         return ((samples - zero) / half).astype(np.float32)
     if not np.issubdtype(samples.dtype, np.floating):
         raise AudioError(f"{name} has elements of type {samples.dtype}. Give floats in [-1, 1] or integers.")
     return samples.astype(np.float32)
-
-
-def _is_low_precision(source: Any) -> bool:
-    return isinstance(source, torch.Tensor) and source.dtype in (torch.bfloat16, torch.float16)
 
 
 def _mono(samples: np.ndarray, name: str) -> np.ndarray:
@@ -297,7 +323,7 @@ def _checked(
         count = int((~np.isfinite(samples)).sum())
         raise AudioError(f"{name} has {count:,} samples that are not finite numbers. Export it again without them.")
     low, high = samples.min(), samples.max()
-    if high - low < SILENCE:
+    if is_silent(samples):
         raise AudioError(f"{name} is silent: all of its {len(samples):,} samples are equal. Check the recording.")
     peak = max(-low, high)
     if peak > LARGEST_SAMPLE:
@@ -307,7 +333,7 @@ def _checked(
         )
     # No copy of the magnitudes: the recording may be an hour long.
     clipped = sum(map(np.count_nonzero, (samples >= 0.999 * peak, samples <= -0.999 * peak))) / len(samples)
-    if clipped > LARGEST_CLIPPED_FRACTION:
+    if clipped > LARGEST_CLIPPED_FRACTION and peak > QUIET:
         raise AudioError(
             f"{name} is clipped: {clipped:.0%} of its samples are at the peak value, so no speech can be left in it. "
             "Record it again at a lower level."

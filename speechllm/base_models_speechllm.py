@@ -221,7 +221,8 @@ def base_weights(config: SpeechLLMConfig, dtype: torch.dtype) -> dict[str, torch
 
 
 def copy_generation_config(model, base: dict[str, str], tokenizer) -> None:
-    """The LLM's generation settings, with end-of-text and padding ids from its tokenizer where it has none."""
+    """The LLM's generation settings, with end-of-text and padding ids from its tokenizer where it has none, and with the
+    token that ends an answer in its chat template, which fine-tuning teaches."""
     revision = hub_revision(base)
     if optional_file(base["id"], GENERATION_CONFIG_NAME, revision=revision) is not None:
         model.generation_config = GenerationConfig.from_pretrained(base["id"], revision=revision)
@@ -229,8 +230,24 @@ def copy_generation_config(model, base: dict[str, str], tokenizer) -> None:
         model.generation_config = GenerationConfig.from_model_config(model.config.text_config)
     settings = model.generation_config
     settings.eos_token_id = tokenizer.eos_token_id if settings.eos_token_id is None else settings.eos_token_id
+    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    if (end := _end_of_turn(tokenizer)) not in (None, *ends):
+        settings.eos_token_id = [*(token for token in ends if token is not None), end]
     if settings.pad_token_id is None:
         settings.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def _end_of_turn(tokenizer) -> int | None:
+    """The special token, if it is one, that ends an answer in the chat template. (Of base LLMs it is often none of their
+    own ends of text.)"""
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False).rstrip()
+    except Exception:  # there is no template, or one that wants another chat
+        return None
+    last = tokenizer(text, add_special_tokens=False).input_ids[-1]
+    added = tokenizer.added_tokens_decoder
+    return last if last in tokenizer.all_special_ids or (last in added and added[last].special) else None
 
 
 def hub_revision(base: dict[str, str]) -> str | None:

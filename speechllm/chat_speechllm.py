@@ -76,7 +76,10 @@ def chat_audios(chat: list[dict[str, Any]], sampling_rate: int | None) -> list[A
                     f"Message {turn} of the chat has an audio part without audio. Give it a path, bytes, an array or a "
                     'tensor: {"type": "audio", "audio": ...}.'
                 )
-            rate = part.get("sampling_rate", sampling_rate)
-            is_array = isinstance(audio, np.ndarray | torch.Tensor)
-            audios.append({"array": audio, "sampling_rate": rate} if is_array and rate else audio)
+            if (rate := part.get("sampling_rate", sampling_rate)) is not None:
+                if isinstance(audio, np.ndarray | torch.Tensor | list | tuple):
+                    audio = {"array": audio, "sampling_rate": rate}
+                elif isinstance(audio, dict) and audio.get("array") is not None:
+                    audio = {"sampling_rate": rate, **audio}
+            audios.append(audio)
     return audios

@@ -73,6 +73,7 @@ class SpeechLLMCheckpointMixin(SpeechLLMPushMixin):
     """`from_pretrained`, `from_speech_text_pretrained` and `save_pretrained` of the SpeechLLM classes."""
 
     is_self_contained = False  # loaded from a full checkpoint, whose base models may be nowhere near
+    _is_resized = False  # its LLM has another vocabulary than the base model
 
     @classmethod
     def from_speech_text_pretrained(
@@ -101,7 +102,12 @@ class SpeechLLMCheckpointMixin(SpeechLLMPushMixin):
 
         Raises:
             CheckpointError: if either model cannot be found or lacks a weight.
+            TypeError: if there is no such option.
         """
+        dtype = projector.pop("torch_dtype", None) or dtype
+        known = [name for name in SpeechLLMProjectorConfig.__annotations__ if name != "model_type"]
+        if unknown := sorted(projector.keys() - set(known)):
+            raise TypeError(f"There is no option {unknown[0]!r}. The projector's settings are {', '.join(known)}.")
         bases, configs = {}, {}
         text_id = os.fspath(text_id)
         given = {"speech": (os.fspath(speech_id), speech_revision), "text": (text_id, text_revision)}
@@ -240,7 +246,7 @@ class SpeechLLMCheckpointMixin(SpeechLLMPushMixin):
         if kind == "projector" and base_is_trained:
             raise ValueError(
                 "A projector-only checkpoint would lose the trained weights of the speech encoder or the LLM (some of "
-                "their parameters require a gradient); save with kind='full'."
+                "their parameters require a gradient, or the vocabulary was resized); save with kind='full'."
             )
         if kind is None:
             whole = self.is_self_contained or base_is_trained or not self.config.base_models
@@ -319,8 +325,14 @@ class SpeechLLMCheckpointMixin(SpeechLLMPushMixin):
             {"missing_keys": [key for key in result.missing_keys if "lora_" in key]}, f"The adapter {folder}"
         )
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any):
+        rows = len(self.get_input_embeddings().weight)
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        self._is_resized |= len(embeddings.weight) != rows
+        return embeddings
+
     def _base_is_trained(self) -> bool:
-        return any(
+        return self._is_resized or any(
             parameter.requires_grad and "projector." not in name and "lora_" not in name
             for name, parameter in self.named_parameters()
         )

@@ -2,13 +2,18 @@
 
 1. Audio enters with the prompt only: later steps find it in the cache.
 2. Beams and several samples repeat each prompt, and with it its own audio segments, however many it has.
-3. The placeholder's id may lie beyond the LLM's vocabulary, where processors that look up scores by token would fail.
+3. The placeholder is never generated. Its id may lie beyond the LLM's vocabulary, where processors that look up scores by
+   token would fail.
 """
 
 import torch
 from torch.nn import functional as F
 from transformers import GenerationMixin
-from transformers.generation import LogitsProcessorList, UnbatchedClassifierFreeGuidanceLogitsProcessor
+from transformers.generation import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
 
 AUDIO_INPUTS = (
@@ -19,6 +24,18 @@ AUDIO_INPUTS = (
     "speech_frames",
     "speech_frames_mask",
 )
+
+
+class NoPlaceholder(LogitsProcessor):
+    """Where the LLM has spare rows in its embedding table, the placeholder's id is one of them, and could be drawn."""
+
+    def __init__(self, audio_token_id: int):
+        self.audio_token_id = audio_token_id
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        scores = scores.clone()
+        scores[:, self.audio_token_id] = -torch.inf
+        return scores
 
 
 class AudioAwareLogitsProcessors(LogitsProcessorList):
@@ -45,7 +62,9 @@ class SpeechLLMGenerationMixin(GenerationMixin):
     def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
         processors = super()._get_logits_processor(*args, **kwargs)
         extra = self.config.audio_token_id + 1 - self.config.text_config.vocab_size
-        return AudioAwareLogitsProcessors(processors, extra) if extra > 0 else processors
+        if extra > 0:
+            return AudioAwareLogitsProcessors(processors, extra)
+        return LogitsProcessorList([NoPlaceholder(self.config.audio_token_id), *processors])
 
     # `generate` looks for `inputs_embeds` among the parameters.
     def prepare_inputs_for_generation(self, *args, inputs_embeds=None, is_first_iteration=False, **kwargs):

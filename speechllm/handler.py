@@ -124,7 +124,8 @@ class EndpointHandler:
             raise RequestError(f"`parameters` is a {type(parameters).__name__}. Send an object of names and values.")
         options = dict(parameters)
         prompt = _prompt(options.pop("prompt")) if options.get("prompt") is not None else None
-        checked = {"max_new_tokens": min(256, self.max_new_tokens), "do_sample": False}
+        sampled = any(name in options for name in ("temperature", "top_p", "top_k"))
+        checked = {"max_new_tokens": min(256, self.max_new_tokens), "do_sample": sampled}
         for name, value in options.items():
             if name not in PARAMETERS:
                 raise RequestError(f"There is no parameter {name!r}. Use `prompt`, {', '.join(sorted(PARAMETERS))}.")
@@ -160,7 +161,7 @@ def _number(name: str, value: Any, kind: type, low: float, high: float) -> Any:
     """A parameter's value as its type (numbers in a query string come as text), within its bounds."""
     number = None
     if kind is bool:
-        number = value if isinstance(value, bool) else None
+        number = value if isinstance(value, bool) else {"true": True, "false": False}.get(str(value).lower())
     elif isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             number = kind(value) if not (kind is int and isinstance(value, float) and value % 1) else None

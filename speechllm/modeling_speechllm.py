@@ -132,11 +132,22 @@ class SpeechLLMPreTrainedModel(SpeechLLMCheckpointMixin, PreTrainedModel):
         self.train(self.training)
 
 
+def _choose_attention(config: SpeechLLMConfig) -> None:
+    """Eager attention for encoders that have no other (WavLM), whatever is asked for the whole model."""
+    flags = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
+    speech_config = config.speech_config
+    asked = speech_config._attn_implementation or "eager"
+    flag = "_supports_flash_attn" if asked.startswith("flash") else flags.get(asked)
+    if flag is not None and not getattr(AutoModel._model_mapping[type(speech_config)], flag, False):
+        speech_config._attn_implementation = "eager"
+
+
 class SpeechLLMModel(SpeechLLMPreTrainedModel):
     """Speech encoder, projector and LLM body, without a language-model head."""
 
     def __init__(self, config: SpeechLLMConfig, language_model: PreTrainedModel | None = None):
         super().__init__(config)
+        _choose_attention(config)
         if config.is_whisper:
             self.speech_encoder = WhisperEncoder._from_config(config.speech_config)
         else:

@@ -18,7 +18,7 @@ import torch
 from transformers import Pipeline
 from transformers.utils import logging
 
-from .audio_speechllm import SHORTEST, AudioSource, cut_at_pauses, load_audio
+from .audio_speechllm import SHORTEST, AudioSource, cut_at_pauses, is_silent, load_audio
 from .configuration_speechllm import SAMPLING_RATE
 
 
@@ -116,14 +116,18 @@ class SpeechLLMPipeline(Pipeline):
                     audio = self.prepare(item, **options)
                     done.expect(len(audio["samples"]) / SAMPLING_RATE)
                     audios.append(audio)
-                    waiting += [(audio, chunk) for chunk in audio["chunks"]]
+                    for chunk in audio["chunks"]:
+                        if is_silent(audio["samples"][slice(*chunk["span"])]):  # of which a model makes something up
+                            chunk["text"] = ""
+                        else:
+                            waiting.append((audio, chunk))
                 batch, waiting = waiting[:batch_size], waiting[batch_size:]
                 pieces = [(audio["samples"][slice(*chunk["span"])], audio["prompt"]) for audio, chunk in batch]
                 texts = self.postprocess(self.forward(self.preprocess(pieces), **forward)) if pieces else []
-                for (_, chunk), text in zip(batch, texts):
+                for (_, chunk), text in zip(batch, texts, strict=True):
                     chunk["text"] = text
                     done.add((chunk["span"][1] - chunk["span"][0]) / SAMPLING_RATE)
-                while audios and "text" in audios[0]["chunks"][-1]:
+                while audios and all("text" in chunk for chunk in audios[0]["chunks"]):
                     yield self._joined(audios.pop(0), options.get("chunk_length_s"))
 
     def _joined(self, audio: dict, chunk_length_s: float | None) -> dict[str, Any]:
@@ -156,8 +160,12 @@ class SpeechLLMPipeline(Pipeline):
 
     def _forward(self, inputs: dict[str, Any], **generate_kwargs: Any) -> torch.Tensor:
         length = inputs["input_ids"].shape[1]
+        if (generate_kwargs.get("num_return_sequences") or 1) > 1:
+            raise ValueError("The pipeline gives one answer to each audio. Leave out `num_return_sequences`.")
         if not {"generation_config", "max_length"} & generate_kwargs.keys():
             generate_kwargs.setdefault("max_new_tokens", self.model.generation_config.max_new_tokens or 256)
+            room = (getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf) - length
+            generate_kwargs["max_new_tokens"] = max(1, min(generate_kwargs["max_new_tokens"], room))
         return self.model.generate(**inputs, **generate_kwargs)[:, length:]
 
     def postprocess(self, output: torch.Tensor) -> list[str]:
@@ -197,7 +205,8 @@ class _Progress:
 
 
 def _chat(samples: np.ndarray, prompt: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": [{"type": "audio", "audio": samples}, {"type": "text", "text": prompt}]}]
+    audio = {"type": "audio", "audio": {"array": samples, "checked": True}}
+    return [{"role": "user", "content": [audio, {"type": "text", "text": prompt}]}]
 
 
 def _is_several(inputs: Any) -> bool:

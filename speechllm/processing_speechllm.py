@@ -64,6 +64,8 @@ class SpeechLLMProcessor(ProcessorMixin):
                 f"segment_seconds is {segment_seconds}, but this encoder hears {feature_extractor.chunk_length} seconds "
                 "at once. Longer audio is cut into segments of that length."
             )
+        if tokenizer.pad_token is None:  # as with Llama; masked, so that any will do
+            tokenizer.pad_token = tokenizer.eos_token
         self.audio_token = AUDIO_TOKEN
         self.audio_token_id = add_audio_token(tokenizer)
         added = tokenizer.added_tokens_decoder
@@ -250,7 +252,8 @@ class SpeechLLMProcessor(ProcessorMixin):
             return_labels: also return `labels`: the assistant's answers with their end-of-turn token, -100 elsewhere
                 (with padding on the right; the chat must hold its answers).
             processor_kwargs: as for `__call__`; the common ones can also be given directly.
-            kwargs: `add_generation_prompt`, `continue_final_message` and variables of the template.
+            kwargs: `add_generation_prompt`, `continue_final_message` and variables of the template, such as
+                `enable_thinking` (here `False` by default).
 
         Raises:
             AudioError: if an audio part has no audio, or one that cannot be used.
@@ -278,10 +281,16 @@ class SpeechLLMProcessor(ProcessorMixin):
     def _render(self, chat: list[dict[str, Any]], chat_template: str | None = None, **kwargs) -> str:
         check_chat(chat)
         template = chat_template or self.chat_template
+        # LLMs that think before they answer (Qwen3) would think, or be taught an empty thought, where an answer is wanted.
+        kwargs.setdefault("enable_thinking", False)
         return self.tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, **kwargs)
 
     def _tokenize_with_labels(self, chats, audios, chat_template, options, **kwargs) -> BatchFeature:
         _refuse_truncation(options)
+        if options.get("padding") not in (None, True, "longest") or options.get("pad_to_multiple_of"):
+            raise ValueError(
+                "With return_labels, rows are padded to the longest of them. Leave out other kinds of padding."
+            )
         segments = [self.extract_features(audio) for audio in audios]
         counts, rows = self._counts(segments), []
         for chat in chats:
@@ -292,6 +301,8 @@ class SpeechLLMProcessor(ProcessorMixin):
         batch = self.pad_rows(rows, padding_side=options.get("padding_side", "right"))
         if segments:
             batch.update(self.pad_features([segment for audio in segments for segment in audio]))
+        if options.get("return_tensors") == "np":
+            batch = BatchFeature({name: value.numpy() for name, value in batch.items()})
         return batch
 
     def answer_pieces(self, chat: list[dict[str, Any]], chat_template: str | None = None, **kwargs):
@@ -331,7 +342,7 @@ class SpeechLLMProcessor(ProcessorMixin):
     def pad_rows(self, rows: list[dict[str, list[int]]], padding_side: str = "right") -> BatchFeature:
         """Rows of `tokenize_pieces` -> `input_ids`, `attention_mask` and `labels` (batch, length)."""
         length = max(len(row["input_ids"]) for row in rows)
-        pad = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        pad = self.tokenizer.pad_token_id
 
         def padded(values, value):
             missing = [value] * (length - len(values))

@@ -37,6 +37,7 @@ class SpeechLLMPushMixin:
     """`push_to_hub` of the SpeechLLM classes."""
 
     loaded_from: ClassVar[dict[str, str]] = {}  # revision and subfolder of `name_or_path`, where they were given
+    training_summary: ClassVar[dict[str, Any] | None] = None  # of a trainer's run since then
 
     def push_to_hub(
         self,
@@ -53,7 +54,7 @@ class SpeechLLMPushMixin:
     ):
         """Upload the checkpoint with its processor, its training summary, and a card with the plots and recordings that
         it shows. A card that the model came with stays as it was, but for this repository's name and kind of weights;
-        else one is written, for which the package must be installed.
+        else, or if the model was trained since, one is written, for which the package must be installed.
 
         Args:
             kind: see `save_pretrained`.
@@ -63,7 +64,7 @@ class SpeechLLMPushMixin:
             `huggingface_hub.CommitInfo` of the one commit, which also removes weights of the other kind.
 
         Raises:
-            CheckpointError: if nobody else could load it.
+            CheckpointError: if nobody else could load it, or a private upload would be public.
         """
         from .processing_speechllm import SpeechLLMProcessor  # which imports the module that imports this one
 
@@ -75,10 +76,17 @@ class SpeechLLMPushMixin:
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, kind=kind, max_shard_size=max_shard_size)
             processor.save_pretrained(folder)
-            self._bring(SUMMARY, folder)
+            if self.training_summary is None:
+                self._bring(SUMMARY, folder)
+            else:
+                (Path(folder) / SUMMARY).write_text(json.dumps(self.training_summary, indent=2) + "\n")
             forget_this_machine(folder)
             api = HfApi(token=token)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if private and not api.model_info(repo_id).private:
+                raise CheckpointError(
+                    f"{repo_id} exists already and is public. Make it private in its settings, or leave out `private`."
+                )
             self._add_card(Path(folder), repo_id)
             return upload_checkpoint(api, folder, repo_id, commit_message, revision, create_pr)
 
@@ -92,7 +100,7 @@ class SpeechLLMPushMixin:
         return path is not None
 
     def _add_card(self, folder: Path, repo_id: str) -> None:
-        if self._bring(CARD, folder):
+        if self.training_summary is None and self._bring(CARD, folder):
             card = (folder / CARD).read_text()
             for name in sorted(set(SHOWN_IN_CARD.findall(card))):
                 self._bring(name, folder)
@@ -123,7 +131,7 @@ def upload_checkpoint(
     api: HfApi, folder: str | Path, repo_id: str, message: str, revision: str | None = None, create_pr: bool = False
 ):
     """One commit after which the repository's weights and code are those of `folder`, and no others."""
-    if revision is not None and not create_pr:
+    if revision is not None and not create_pr and not revision.startswith("refs/"):  # as of an open pull request
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     # Exact names, since the client's `*` would match in every folder.
     stale = [glob.escape(path) for path in api.list_repo_files(repo_id, revision=revision) if _is_replaced(path)]

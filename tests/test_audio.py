@@ -118,14 +118,33 @@ def test_a_files_own_sampling_rate_wins():
 
 def test_streams_of_unknown_length_are_complete_as_they_are():
     data = bytearray(encoded())
-    for declared in (0, 0xFFFFFFFF):
+    at = data.index(b"data") + 4
+    size = data[at : at + 4]
+    for declared, of_data in (
+        (0, None),
+        (0xFFFFFFFF, None),
+        (0, 0),
+        (0x7FFFFF24, 0x7FFFFF00),
+        (0x7FFFF024, 0x7FFFF000),
+    ):
         data[4:8] = struct.pack("<I", declared)
-        assert len(load_audio(bytes(data))) == 16_000
+        data[at : at + 4] = size if of_data is None else struct.pack("<I", of_data)
+        np.testing.assert_allclose(load_audio(bytes(data)), SPEECH, atol=1e-4)
+
+
+def test_a_tensor_that_needs_a_gradient_is_audio():
+    np.testing.assert_array_equal(load_audio(torch.tensor(SPEECH).requires_grad_()), SPEECH)
+
+
+def test_what_has_been_checked_is_taken_as_it_is():
+    piece = np.zeros(8_000, np.float32)
+    assert load_audio({"array": piece, "checked": True}) is piece
 
 
 def test_loud_and_quiet_recordings_pass():
     load_audio(np.clip(SPEECH * 2, -1, 1))
     load_audio(SPEECH * 1e-3)
+    load_audio(np.sign(NOISE).astype(np.int16))  # silence with the last bit of 16 at work is not clipped
     load_audio(SPEECH * 1.7)  # float files may go beyond 1
 
 
@@ -159,6 +178,8 @@ BAD_SAMPLES = {
     "complex": (SPEECH.astype(complex), 16_000, "complex128"),
     "booleans": (SPEECH > 0, 16_000, "elements of type bool"),
     "text": (np.array(["a"] * 500), 16_000, "elements of type <U1"),
+    "64 bits": ((SPEECH * 32_768).astype(np.int64), 16_000, "64-bit integers.*int16"),
+    "whole numbers": ((SPEECH * 32_768).astype(int).tolist(), 16_000, "64-bit integers"),
     "integers in disguise": (SPEECH * 32_768, 16_000, "samples up to .*integer samples as integers"),
 }
 

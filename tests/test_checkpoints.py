@@ -126,6 +126,39 @@ def test_a_new_model_has_the_base_models_weights(bases, speech, text):
     assert model.generate(**inputs_of(model), max_new_tokens=2).shape[0] == 2
 
 
+def test_options_that_there_are_not(bases):
+    with pytest.raises(TypeError, match="no option 'num_querys'. The projector's settings are projector_type"):
+        new_model(bases, num_querys=2)
+    assert new_model(bases, torch_dtype=torch.bfloat16).get_input_embeddings().weight.dtype == torch.bfloat16
+
+
+def test_an_answer_ends_with_the_token_that_ends_it_in_the_chat_template(bases, tmp_path):
+    """Of base LLMs it is often not the end of text that their configuration knows."""
+    shutil.copytree(bases / "llama-tied", tmp_path / "llm")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "llm")
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_start|>"
+    tokenizer.save_pretrained(tmp_path / "llm")
+    for path in (tmp_path / "llm").glob("*config.json"):
+        if path.name != "tokenizer_config.json":
+            edited = {**json.loads(path.read_text()), "eos_token_id": tokenizer.eos_token_id}
+            path.write_text(json.dumps(edited))
+    model = SpeechLLMForConditionalGeneration.from_speech_text_pretrained(
+        bases / "hubert", tmp_path / "llm", **PROJECTOR
+    )
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, end]
+
+
+def test_a_resized_vocabulary_is_saved_whole(bases, tmp_path):
+    model = new_model(bases)
+    model.resize_token_embeddings(300)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    equal_states(SpeechLLMForConditionalGeneration.from_pretrained(tmp_path), model)
+    with pytest.raises(ValueError, match="vocabulary was resized"):
+        model.save_pretrained(tmp_path, kind="projector")
+
+
 def test_a_new_projector_is_initialised_and_a_missing_mask_vector_is_the_same_each_time(bases, tmp_path):
     first, second = new_model(bases), new_model(bases)
     equal_states(first, second)

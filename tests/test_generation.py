@@ -186,3 +186,9 @@ def test_an_llm_with_spare_rows_has_the_placeholder_inside_its_vocabulary():
     inputs = processor("a<|audio|>", tone(0.5), return_tensors="pt")
     output = model.generate(**inputs, **GREEDY, repetition_penalty=1.5)
     assert output.shape[1] == inputs["input_ids"].shape[1] + 6
+    with torch.no_grad():  # as if nothing were more likely
+        model.get_output_embeddings().weight[258] = 100 * model.get_output_embeddings().weight.mean(0)
+    torch.manual_seed(0)
+    options = {**GREEDY, "do_sample": True, "temperature": 2.0, "num_return_sequences": 8, "max_new_tokens": 20}
+    drawn = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+    assert not (drawn == 258).any()

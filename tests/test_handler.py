@@ -55,8 +55,10 @@ try:
 except ValueError as error:
     assert not isinstance(error, module.RequestError), "a failure of the model is not the client's fault"
 settings.cache_implementation = None
-sampled = ask(wav, {"do_sample": True, "temperature": 2.0, "max_new_tokens": 20})
-assert sampled["text"]
+greedy = ask(wav, {"max_new_tokens": 20})
+for sampling in ({"do_sample": True}, {"do_sample": "true"}, {}):
+    assert ask(wav, {**sampling, "temperature": 2.0, "max_new_tokens": 20})["text"] != greedy["text"]
+assert ask(wav, {"do_sample": "false", "max_new_tokens": 20}) == greedy
 messages = {}
 handler.max_bytes, handler.max_seconds = 100_000, 2
 secret = "/etc/passwd"

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from speechllm import SpeechLLMConfig, SpeechLLMModel
+from speechllm import SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMModel
 from speechllm.projector_speechllm import SpeechLLMProjector
 
 
@@ -438,6 +438,15 @@ def test_sdpa_equals_eager(speech, text):
             assert part.config._attn_implementation == "eager"
         valid = batch["attention_mask"].bool()
         close(model(**batch).logits[valid], expected[valid])
+
+
+def test_attention_that_the_encoder_has_not_is_asked_of_the_others():
+    """WavLM has eager attention alone, whatever is asked for the model as a whole."""
+    config = tiny_config("wavlm", "qformer", "llama-tied")
+    config._attn_implementation = "sdpa"
+    model = SpeechLLMForConditionalGeneration(config)
+    assert model.model.speech_encoder.config._attn_implementation == "eager"
+    assert model.model.language_model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("speech", ["hubert-group", "hubert-layer", "whisper"])

@@ -125,6 +125,19 @@ def test_long_audio_in_chunks_with_progress(parts, pipe, capsys):
     assert "100%" in capsys.readouterr().err
 
 
+def test_a_muted_stretch_is_answered_with_nothing(parts, pipe):
+    """It is no bad audio, and a model would make something up."""
+    samples = np.concatenate([tone(1.0), np.zeros(48_000, np.float32), tone(1.0, seed=1)])
+    answer = pipe(samples, chunk_length_s=1.5, batch_size=2, **OPTIONS)
+    silent = [
+        not np.ptp(samples[int(16_000 * a) : int(16_000 * b)]) for a, b in (c["timestamp"] for c in answer["chunks"])
+    ]
+    assert any(silent) and not all(silent)
+    for chunk, is_silent in zip(answer["chunks"], silent):
+        span = slice(*(round(16_000 * end) for end in chunk["timestamp"]))
+        assert chunk["text"] == ("" if is_silent else expected(parts, samples[span]))
+
+
 def test_the_installed_class_needs_no_remote_code(parts):
     own = pipeline("audio-text-to-text", str(parts[0] / "model"), pipeline_class=SpeechLLMPipeline, device="cpu")
     assert type(own) is SpeechLLMPipeline and type(own.model).__module__ == "speechllm.modeling_speechllm"
@@ -153,6 +166,8 @@ def test_what_cannot_be_answered(pipe, tmp_path):
         pipe(tone(500.0, seed=3))
     with pytest.raises(ValueError, match="too short"):
         pipe(tone(1.1), chunk_length_s=0.1)
+    with pytest.raises(ValueError, match="one answer to each audio"):
+        pipe(tone(1.1), num_beams=2, num_return_sequences=2)
 
 
 WITHOUT_PACKAGE = """

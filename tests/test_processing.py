@@ -475,3 +475,63 @@ def test_bytes_of_a_compressed_file(processor):
     file = io.BytesIO()
     soundfile.write(file, tone(0.5), 16_000, format="FLAC")
     assert processor(AUDIO, file.getvalue())["input_values"].shape == (1, 8_000)
+
+
+# ---- tokenizers and templates as LLMs have them ----------------------------------------------------------------------
+
+
+def test_a_tokenizer_without_a_padding_token_pads(config):
+    """As Llama's: several prompts at once are nothing special to whoever asks."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    processor = tiny_processor(config, tokenizer)
+    batch = processor([f"a{AUDIO}", f"longer{AUDIO}"], [tone(0.3), tone(0.4)])
+    assert batch["attention_mask"].sum(1).tolist()[0] < batch["input_ids"].shape[1]
+    chats = [[user("a", audio(tone(0.3)))], [user("longer", audio(tone(0.4)))]]
+    batch = processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=True)
+    assert batch["input_ids"].shape[0] == 2
+
+
+THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+
+
+def test_an_llm_that_thinks_is_taught_and_asked_for_the_answer_alone(config):
+    """Qwen 3's way: an empty thought before the answer, which the prompt has where no thinking is wanted."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = THINKING
+    processor = tiny_processor(config, tokenizer)
+    chat = [user("Say it."), assistant("hello")]
+    batch = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_labels=True)
+    assert tokenizer.decode(batch["labels"][0][batch["labels"][0] != -100]) == "hello<|im_end|>"
+    prompt = processor.apply_chat_template(chat[:1], add_generation_prompt=True)
+    assert prompt.endswith("<think>\n\n</think>\n\n")
+    assert tokenizer.decode(batch["input_ids"][0]).startswith(prompt)
+    thinking = processor.apply_chat_template(chat[:1], add_generation_prompt=True, enable_thinking=True)
+    assert thinking.endswith("assistant\n")
+
+
+@pytest.mark.parametrize(
+    "convert", [lambda x: x, lambda x: x.tolist(), lambda x: {"array": x}], ids=["array", "list", "dict"]
+)
+def test_a_chats_sampling_rate_is_that_of_all_samples(processor, convert):
+    samples = tone(0.5, rate=8_000)
+    for chat, options in (
+        ([user(audio(convert(samples), sampling_rate=8_000))], {}),
+        ([user(audio(convert(samples)))], {"sampling_rate": 8_000}),
+    ):
+        batch = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt", **options)
+        assert batch["input_values"].shape[1] == 8_000
+
+
+def test_labels_come_padded_to_the_longest_alone(processor):
+    chat = [user("Say it."), assistant("hello")]
+    options = dict(tokenize=True, return_dict=True, return_labels=True)
+    with pytest.raises(ValueError, match="padded to the longest"):
+        processor.apply_chat_template(chat, padding="max_length", max_length=100, **options)
+    assert isinstance(processor.apply_chat_template(chat, return_tensors="np", **options)["labels"], np.ndarray)

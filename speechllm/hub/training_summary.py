@@ -52,13 +52,17 @@ def read_summary(checkpoint: str | os.PathLike, **place: str) -> dict[str, Any]:
     return json.loads(Path(path).read_text()) if path else {}
 
 
-def write_summary(folder: str | os.PathLike, trainer: Any, earlier_stages: list[dict], seconds: float) -> None:
-    """Write the summary of a `SpeechLLMTrainer`'s run, `seconds` old, and of the stages before it."""
-    summary = {
+def training_summary(trainer: Any, earlier_stages: list[dict], seconds: float) -> dict[str, Any]:
+    """The summary of a `SpeechLLMTrainer`'s run, `seconds` old, and of the stages before it."""
+    return {
         "base_models": published_base_models(trainer.headless.config.base_models or {}),
         "stages": [*earlier_stages, _stage(trainer, seconds)],
     }
-    (Path(folder) / SUMMARY).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_summary(folder: str | os.PathLike, summary: dict[str, Any]) -> None:
+    """Write it beside a checkpoint."""
+    (Path(folder) / SUMMARY).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def published_base_models(base_models: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

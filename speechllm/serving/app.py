@@ -17,6 +17,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import anyio
 import numpy as np
@@ -30,11 +31,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from ..audio_speechllm import SAMPLING_RATE, AudioError, AudioTooLongError, cut_at_pauses, load_audio
+from ..audio_speechllm import SAMPLING_RATE, AudioError, AudioTooLongError, cut_at_pauses, is_silent, load_audio
 from ..configuration_speechllm import AUDIO_TOKEN
 from ..data.prompts import PROMPTS
 from .batching import Batcher, Job
-from .protocol import ApiError, ChatAnswer, parse_chat, parse_json, parse_transcription
+from .protocol import LISTS, ApiError, ChatAnswer, parse_chat, parse_json, parse_transcription
 
 
 logger = logging.getLogger(__name__)
@@ -76,9 +77,9 @@ class Service:
 
     def __init__(self, model, processor, name: str, limits: Limits, max_batch_size: int, max_wait: float):
         self.processor, self.name, self.limits = processor, name, limits
-        self.batcher = Batcher(model, processor, max_batch_size, max_wait)
-        processor.count_tokens("", [])  # turns off what padding the tokenizer was saved with, before threads share it
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        self.batcher = Batcher(model, processor, max_batch_size, max_wait, self.context)
+        processor.count_tokens("", [])  # turns off what padding the tokenizer was saved with, before threads share it
         self.created = int(time.time())
         self.in_flight = 0
         self.draining = False
@@ -136,6 +137,7 @@ class Service:
             audios,
             min(wanted.max_tokens or self.limits.default_max_tokens, room),
             wanted.sampling,
+            prompt_tokens,
             wanted.stop,
             deadline,
         )
@@ -158,11 +160,15 @@ class Service:
                 audios,
                 min(self.transcript_limit(end - start), self.context - tokens),
                 wanted.sampling,
+                tokens,
                 deadline=deadline,
             )
             for (start, end), (text, audios, tokens) in zip(spans, prompts)
         ]
-        await self.run(request, jobs)
+        for (start, end), job in zip(spans, jobs):
+            if is_silent(samples[start:end]):  # of which a model makes something up
+                job.end("stop")
+        await self.run(request, [job for job in jobs if job.finish_reason is None])
         texts = [job.answer.strip() for job in jobs]
         text = " ".join(filter(None, texts))
         if wanted.response_format == "text":
@@ -228,11 +234,15 @@ class Service:
         async with self.reading(request, content_type, deadline) as limited:
             return await limited.body()
 
-    async def form(self, request: Request, deadline: float) -> dict[str, bytes | str]:
+    async def form(self, request: Request, deadline: float) -> dict[str, Any]:
         async with self.reading(request, "multipart/form-data", deadline) as limited:
             try:
                 async with limited.form(max_files=1, max_fields=20) as form:
-                    return {k: await v.read() if isinstance(v, UploadFile) else v for k, v in form.items()}
+                    fields: dict[str, Any] = {}
+                    for name, value in form.multi_items():
+                        value = await value.read() if isinstance(value, UploadFile) else value
+                        fields[name] = [*fields.get(name, []), value] if name in LISTS else value
+                    return fields
             except (MultiPartException, HTTPException) as error:
                 raise ApiError(400, f"The form cannot be read: {getattr(error, 'detail', error)}") from None
 
@@ -333,6 +343,8 @@ class Service:
 
     async def run(self, request: Request, jobs: list[Job]) -> None:
         """Have the jobs answered; cancel them when the client leaves."""
+        if not jobs:
+            return
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
         missing = len(jobs)
 

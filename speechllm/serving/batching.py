@@ -12,6 +12,7 @@
 import copy
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -42,7 +43,8 @@ class Job:
 
     Args:
         text: the rendered chat, with a placeholder for each audio.
-        audios: samples at 16 kHz of each audio, (samples,).
+        audios: samples at 16 kHz of each audio, (samples,), as `load_audio` returns them.
+        prompt_tokens: length of the prompt, where the model's context bounds it.
         deadline: of `time.monotonic()`; the answer ends there, unfinished.
         on_text: called from the worker thread with each new piece of text, if given.
         on_end: called from the worker thread, once, when the job is over, in whichever way.
@@ -52,6 +54,7 @@ class Job:
     audios: list[np.ndarray]
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
+    prompt_tokens: int = 0
     stop: tuple[str, ...] = ()
     deadline: float = float("inf")
     on_text: Callable[[str], None] | None = None
@@ -89,11 +92,14 @@ class Batcher:
             "Already borrowed".
         max_batch_size: prompts generated at once.
         max_wait: seconds that a prompt waits for others.
+        context: positions that the LLM has. A batch goes as far as its longest prompt and its longest answer together.
     """
 
-    def __init__(self, model, processor, max_batch_size: int = 8, max_wait: float = 0.02):
+    def __init__(
+        self, model, processor, max_batch_size: int = 8, max_wait: float = 0.02, context: float = float("inf")
+    ):
         self.model, self.processor = model, copy.deepcopy(processor)
-        self.max_batch_size, self.max_wait = max_batch_size, max_wait
+        self.max_batch_size, self.max_wait, self.context = max_batch_size, max_wait, context
         self.prompts = self.batches = 0  # so far
         self._queue: deque[Job] = deque()
         self._changed = threading.Condition()
@@ -124,16 +130,24 @@ class Batcher:
         self._thread.join()
 
     def _work(self) -> None:
-        while batch := self._next_batch():
-            self.batches += 1
-            self.prompts += len(batch)
-            try:
-                self._generate(batch)
-                for job in batch:
-                    job.end("length")  # the model's own limit
-            except Exception as error:  # the thread must live on for the jobs after these
-                for job in batch:
-                    job.end("error", error)
+        while self._answer_next():
+            pass
+
+    def _answer_next(self) -> bool:
+        """Answer one batch; whether there was one. (Nothing of it is held here while the next is waited for.)"""
+        if not (batch := self._next_batch()):
+            return False
+        self.batches += 1
+        self.prompts += len(batch)
+        try:
+            self._generate(batch)
+            for job in batch:
+                job.end("length")  # the model's own limit
+        except Exception as error:  # the thread must live on for the jobs after these
+            traceback.clear_frames(error.__traceback__)  # which hold the batch's tensors
+            for job in batch:
+                job.end("error", error)
+        return True
 
     def _next_batch(self) -> list[Job]:
         """Jobs for one batch; none when the batcher is closed and the queue is empty."""
@@ -159,17 +173,21 @@ class Batcher:
             if job.ended_by_time_or_user():
                 continue
             alone = job.sampling.seed is not None  # a seed's answer must not depend on others in the batch
-            if not batch or (job.sampling == batch[0].sampling and not alone):
+            if not batch or (job.sampling == batch[0].sampling and not alone and self._fits([*batch, job])):
                 batch.append(job)
             else:
                 rest.append(job)
         self._queue.extendleft(reversed(rest))
 
+    def _fits(self, batch: list[Job]) -> bool:
+        longest = max(job.prompt_tokens for job in batch) + max(job.max_new_tokens for job in batch)
+        return longest <= self.context
+
     @torch.inference_mode()
     def _generate(self, batch: list[Job]) -> None:
         inputs = self.processor(
             text=[job.text for job in batch],
-            audio=[audio for job in batch for audio in job.audios] or None,
+            audio=[{"array": audio, "checked": True} for job in batch for audio in job.audios] or None,
             add_special_tokens=False,  # the chat template wrote them
             return_tensors="pt",
         ).to(self.model.device)

@@ -48,6 +48,8 @@ KNOWN = {
     "top_p",
 }
 ROLES = {"assistant": "assistant", "developer": "system", "system": "system", "user": "user"}
+LISTS = ("timestamp_granularities[]", "timestamp_granularities")  # fields of a form that may come several times
+LOWEST_TEMPERATURE = LOWEST_TOP_P = 1e-3  # below the first, answers are greedy: it would divide by almost nothing
 TRANSCRIPTION_FORMATS = ("json", "text", "verbose_json")
 ERROR_TYPES = {404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
 
@@ -142,15 +144,14 @@ def parse_transcription(form: dict[str, Any]) -> TranscriptionRequest:
     """
     known = {"file", "model", "prompt", "language", "temperature", "response_format", "stream", "chunking_strategy"}
     for name in form:
-        if name not in known | {"timestamp_granularities[]", "timestamp_granularities"}:
+        if name not in known | {*LISTS}:
             raise ApiError(400, f"Unrecognized request argument: {_shown(name)}.", _shown(name))
     if not isinstance(form.get("file"), bytes):
         raise ApiError(400, "The form has no `file`: send the audio file as a part of that name.", "file")
     response_format = form.get("response_format", "json")
     if response_format not in TRANSCRIPTION_FORMATS:
         raise ApiError(400, f"`response_format` must be one of {', '.join(TRANSCRIPTION_FORMATS)}.", "response_format")
-    granularity = form.get("timestamp_granularities[]", form.get("timestamp_granularities", "segment"))
-    if granularity != "segment":
+    if any(granularity != "segment" for name in LISTS for granularity in form.get(name, [])):
         raise ApiError(400, "Timestamps are for segments only, not words.", "timestamp_granularities")
     if form.get("stream", "false") not in ("false", "False", "0"):
         raise ApiError(400, "Transcriptions are not streamed; chat completions are.", "stream")
@@ -160,9 +161,13 @@ def parse_transcription(form: dict[str, Any]) -> TranscriptionRequest:
     language = form.get("language") or None
     if language is not None and (not isinstance(language, str) or len(language) > 40):
         raise ApiError(400, "`language` must be a language's code or name.", "language")
-    temperature = _number(form.get("temperature", 0), "temperature", float, 0, 2)
     return TranscriptionRequest(
-        _text(form, "model"), form["file"], prompt, language, Sampling(temperature), response_format
+        _text(form, "model"),
+        form["file"],
+        prompt,
+        language,
+        _sampling({"temperature": form.get("temperature")}),
+        response_format,
     )
 
 
@@ -219,12 +224,12 @@ def _check_unicode(text: str, where: str) -> None:
 def _sampling(values: dict[str, Any]) -> Sampling:
     seed = values.get("seed")
     temperature = _number(values.get("temperature") or 0, "temperature", float, 0, 2)
-    if temperature == 0:
+    if temperature < LOWEST_TEMPERATURE:
         return Sampling()  # greedy answers have no use for the rest
     top_p = values.get("top_p")
     return Sampling(
         temperature=temperature,
-        top_p=1.0 if top_p is None else _number(top_p, "top_p", float, 1e-3, 1),
+        top_p=1.0 if top_p is None else max(LOWEST_TOP_P, _number(top_p, "top_p", float, 0, 1)),
         seed=None if seed is None else _number(seed, "seed", int, -(2**63), 2**63 - 1),
     )
 

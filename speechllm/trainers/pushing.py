@@ -17,7 +17,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from ..hub.publishing import explained_refusal, prepare_folder
-from ..hub.training_summary import SUMMARY, read_summary, write_summary
+from ..hub.training_summary import SUMMARY, read_summary, training_summary, write_summary
 from ..pushing_speechllm import PROJECTOR_WEIGHTS, refuse_local_bases, upload_checkpoint
 
 
@@ -29,7 +29,8 @@ class PushingTrainer(Trainer):
     to save in `self.speechllm` before it calls `__init__`, and calls `save_summary` where it saves."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        source = read_summary(self.speechllm.name_or_path, **self.speechllm.loaded_from)
+        trained = self.speechllm.training_summary  # by another trainer, before this one
+        source = trained or read_summary(self.speechllm.name_or_path, **self.speechllm.loaded_from)
         self.earlier_stages = source.get("stages", [])
         self._started = time.monotonic()
         super().__init__(*args, **kwargs)
@@ -49,10 +50,15 @@ class PushingTrainer(Trainer):
         self._started = time.monotonic()
         if isinstance(resume_from_checkpoint, str) and (Path(resume_from_checkpoint) / SUMMARY).is_file():
             self._started -= read_summary(resume_from_checkpoint)["stages"][-1]["seconds"]
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.speechllm.training_summary = self._summary()  # for `model.push_to_hub`
+        return output
+
+    def _summary(self) -> dict[str, Any]:
+        return training_summary(self, self.earlier_stages, time.monotonic() - self._started)
 
     def save_summary(self, folder: Path) -> None:
-        write_summary(folder, self, self.earlier_stages, time.monotonic() - self._started)
+        write_summary(folder, self._summary())
 
     # ---- pushing ---------------------------------------------------------------------------------------------------
 

@@ -67,6 +67,10 @@ model.save_pretrained("saved", kind="full", push_to_hub=True, repo_id="org/saved
 model.push_to_hub("org/changed", kind="full")
 Model.from_pretrained("pretrained").push_to_hub("org/fresh")  # which has no card yet
 publish("org/changed", "pretrained")
+# Trained further in memory, it is no longer what the card that it came with says.
+model = Model.from_pretrained("org/pretrained")
+pretrain("further", model)
+model.push_to_hub("org/further")
 
 for name in ("pretrained", "adapted", "dry-merged"):
     outputs(Model.from_pretrained(name), AutoProcessor.from_pretrained(name), name + ".safetensors")
@@ -197,6 +201,14 @@ def test_models_push_their_card(author, hub):
     names = ("training_summary.json", "images/recall_per_layer.png")
     original = hub.repositories["org/projector"].files("v1")
     assert all(changed[name] == original[name] for name in names)
+
+
+def test_a_model_that_was_trained_further_gets_a_card_of_its_own(author, hub):
+    files, source = hub.repositories["org/further"].files(), hub.repositories["org/pretrained"].files()
+    stages, before = (json.loads(these["training_summary.json"])["stages"] for these in (files, source))
+    assert stages[:-1] == before and len(before) == 1
+    assert_card(files, "org/further", "projector")
+    assert files["README.md"] != source["README.md"].replace(b"org/pretrained", b"org/further")
 
 
 def test_the_base_models_are_pinned_by_commit(author, hub):

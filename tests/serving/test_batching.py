@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 
 import pytest
 from tiny import tone
@@ -137,6 +138,37 @@ def test_a_failure_ends_its_batch_only(parts, batcher):
     batcher.submit(after)
     wait([after])
     assert after.finish_reason == "length"
+
+
+def test_a_failed_batch_leaves_no_tensors_behind(parts, batcher, monkeypatch):
+    """Its error keeps the traceback, and so would keep what the frames hold."""
+    alive = []
+
+    class Tensor:
+        pass
+
+    def out_of_memory(batch):
+        tensor = Tensor()
+        alive.append(weakref.ref(tensor))
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(batcher, "_generate", out_of_memory)
+    failed = job(parts[2], 1)
+    batcher.submit(failed)
+    wait([failed])
+    time.sleep(0.1)
+    assert str(failed.error) == "out of memory" and alive[0]() is None
+
+
+def test_a_batch_fits_the_context(parts):
+    """The longest prompt and the longest answer of a batch, though of two, go on from each other."""
+    batcher = Batcher(parts[1], parts[2], max_batch_size=8, max_wait=0.3, context=100)
+    jobs = [job(parts[2], prompt_tokens=90, tokens=5), job(parts[2], prompt_tokens=20, tokens=50)]
+    jobs += [job(parts[2], prompt_tokens=30, tokens=10)]
+    batcher.submit(*jobs)
+    wait(jobs)
+    batcher.close()
+    assert batcher.batches == 2  # the first and the third: 90 + 10
 
 
 def test_closing_finishes_what_is_queued(parts):

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import numpy as np
 import openai
 import pytest
 import soundfile
@@ -169,6 +170,37 @@ def test_long_audio_is_transcribed_in_pieces(client, server):
     assert all(a.end == b.start for a, b in zip(verbose.segments, verbose.segments[1:]))
     assert verbose.text == " ".join(segment.text for segment in verbose.segments)
     assert get(f"{server[1]}/health")[1]["prompts"] - before == len(verbose.segments)
+
+
+def test_a_muted_stretch_is_transcribed_as_nothing(client):
+    """And costs nobody else's request, though its pieces share batches."""
+    samples = np.concatenate([tone(1.0), np.zeros(46_000, np.float32), tone(1.0, seed=1)])
+    file = io.BytesIO()
+    soundfile.write(file, samples, 16_000, format="WAV")
+    verbose = client.audio.transcriptions.create(
+        model=NAME, file=("meeting.wav", file.getvalue()), response_format="verbose_json"
+    )
+    texts = [segment.text for segment in verbose.segments]
+    assert "" in texts and texts[0] and texts[-1] and verbose.text == " ".join(filter(None, texts))
+
+
+def test_extreme_sampling_is_greedy_or_nearly(client):
+    def ask(**options):
+        return client.chat.completions.create(model=NAME, messages=chat(), max_tokens=6, **options).choices[0].message
+
+    assert ask(temperature=1e-40).content == ask().content
+    assert ask(temperature=1.0, top_p=0).content
+
+
+def test_word_timestamps_are_refused_in_any_order(client):
+    for granularities in (["word", "segment"], ["segment", "word"]):
+        with pytest.raises(openai.BadRequestError, match="segments only"):
+            client.audio.transcriptions.create(
+                model=NAME,
+                file=("speech.wav", encoded()),
+                response_format="verbose_json",
+                timestamp_granularities=granularities,
+            )
 
 
 def test_sixteen_clients_share_batches(client, server, answer):
