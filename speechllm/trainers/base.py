@@ -366,7 +366,9 @@ class SpeechLLMTrainer(ZeroTrainer):
         lines = [json.dumps(asdict(item)) for item in found.values()]
         with explained_saving(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            whole = path.with_name(f".{SET_ASIDE}.{os.getpid()}")
+            whole.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            whole.replace(path)
         for line in counted(found.values()):
             logger.warning("%s", line)
 
@@ -409,6 +411,10 @@ class SpeechLLMTrainer(ZeroTrainer):
             self._terms[name] = self._terms[name] + term if name in self._terms else term
 
     def predict(self, *positional: Any, **named: Any):
+        """
+        Raises:
+            NotImplementedError: always; the message says what there is instead.
+        """
         raise NotImplementedError(
             "`FineTuningTrainer.answers(rows)` gives a model's answers, `evaluate(rows)` the metrics."
         )
