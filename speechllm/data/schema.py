@@ -36,10 +36,8 @@ import numpy as np
 
 Row = dict[str, Any]
 GenderTerms = str | Sequence[Sequence[str]]
-TEXTS, LISTS = (
-    ("text", "target", "question", "prompt"),
-    ("answers", "choices"),
-)  # columns of texts, and of lists of texts
+TEXTS = ("text", "target", "question", "prompt")  # columns
+LISTS = ("answers", "choices")  # columns of lists of texts
 
 
 class ManifestError(ValueError):

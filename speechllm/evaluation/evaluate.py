@@ -262,8 +262,10 @@ def _distinct_recordings(rows: list[Row]) -> list[Row]:
     for row in rows:
         if row.get("text") and row.get("audio") is not None:
             audio = row["audio"]
-            key = json.dumps(audio, sort_keys=True, default=id) if isinstance(audio, dict) else audio
-            found.setdefault(key if isinstance(key, str | os.PathLike) else id(key), row)
+            key = str(audio) if isinstance(audio, str | os.PathLike) else id(audio)
+            if isinstance(audio, dict):  # a segment, say, of which every row has a dict of its own
+                key = json.dumps(audio, sort_keys=True, default=id)
+            found.setdefault(key, row)
     return list(found.values())
 
 
