@@ -250,11 +250,13 @@ def _decode(
 
 def _with_length(data: bytes) -> bytes:
     """A WAV file whose samples are declared to be none, as some recorders leave it in a stream: with their real length."""
+    if int.from_bytes(data[4:8], "little") in (len(data) - 8, len(data) - 9):  # whole, and perhaps of no samples
+        return data
     at = 12
     while at + 8 < len(data):
         name, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
         if name == b"data":
-            rest = len(data) - at - 8
+            rest = min(len(data) - at - 8, 0xFFFFFFFF)
             return data if size else data[: at + 4] + rest.to_bytes(4, "little") + data[at + 8 :]
         at += 8 + size + size % 2
     return data

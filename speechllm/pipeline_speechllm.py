@@ -119,6 +119,7 @@ class SpeechLLMPipeline(Pipeline):
                     for chunk in audio["chunks"]:
                         if is_silent(audio["samples"][slice(*chunk["span"])]):  # of which a model makes something up
                             chunk["text"] = ""
+                            done.add((chunk["span"][1] - chunk["span"][0]) / SAMPLING_RATE)
                         else:
                             waiting.append((audio, chunk))
                 batch, waiting = waiting[:batch_size], waiting[batch_size:]
@@ -163,9 +164,9 @@ class SpeechLLMPipeline(Pipeline):
         if (generate_kwargs.get("num_return_sequences") or 1) > 1:
             raise ValueError("The pipeline gives one answer to each audio. Leave out `num_return_sequences`.")
         if not {"generation_config", "max_length"} & generate_kwargs.keys():
-            generate_kwargs.setdefault("max_new_tokens", self.model.generation_config.max_new_tokens or 256)
+            wanted = generate_kwargs.get("max_new_tokens") or self.model.generation_config.max_new_tokens or 256
             room = (getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf) - length
-            generate_kwargs["max_new_tokens"] = max(1, min(generate_kwargs["max_new_tokens"], room))
+            generate_kwargs["max_new_tokens"] = max(1, min(wanted, room))
         return self.model.generate(**inputs, **generate_kwargs)[:, length:]
 
     def postprocess(self, output: torch.Tensor) -> list[str]:

@@ -79,7 +79,9 @@ class SpeechLLMPushMixin:
             if self.training_summary is None:
                 self._bring(SUMMARY, folder)
             else:
-                (Path(folder) / SUMMARY).write_text(json.dumps(self.training_summary, indent=2) + "\n")
+                (Path(folder) / SUMMARY).write_text(
+                    json.dumps(self.training_summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+                )
             forget_this_machine(folder)
             api = HfApi(token=token)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -101,17 +103,17 @@ class SpeechLLMPushMixin:
 
     def _add_card(self, folder: Path, repo_id: str) -> None:
         if self.training_summary is None and self._bring(CARD, folder):
-            card = (folder / CARD).read_text()
+            card = (folder / CARD).read_text(encoding="utf-8")
             for name in sorted(set(SHOWN_IN_CARD.findall(card))):
                 self._bring(name, folder)
             kind = "projector" if (folder / PROJECTOR_WEIGHTS).is_file() else "full"
-            (folder / CARD).write_text(card_for(repo_id, kind, card))
+            (folder / CARD).write_text(card_for(repo_id, kind, card), encoding="utf-8")
             return
         try:
             from speechllm.hub.card import write_card
         except ImportError:  # this code came with a checkpoint, and the package, which can write cards, is not here
             return
-        summary = json.loads((folder / SUMMARY).read_text()) if (folder / SUMMARY).is_file() else {}
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8")) if (folder / SUMMARY).is_file() else {}
         write_card(folder, repo_id, summary, self.config.base_models or summary.get("base_models", {}))
 
 

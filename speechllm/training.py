@@ -265,13 +265,14 @@ def run_training(trainer: SpeechLLMTrainer) -> None:
     resume = arguments.resume_from_checkpoint
     if not resume and (resume := last_checkpoint(folder)):
         refuse_other_run(resume, trainer)
-    if resume and arguments.should_save:
-        print(f"Resuming from {resume}", flush=True)
-    trainer.train(resume_from_checkpoint=resume)
-    if resume and arguments.should_save:
+    done = 0
+    if resume:
         done = TrainerState.load_from_json(str(Path(resume) / TRAINER_STATE_NAME)).global_step
-        if done >= trainer.state.max_steps:
-            print(f"It has all of its {done} steps already; nothing was trained.", flush=True)
+        if arguments.should_save:
+            print(f"Resuming from {resume}", flush=True)
+    trainer.train(resume_from_checkpoint=resume)
+    if arguments.should_save and done >= trainer.state.max_steps:
+        print(f"It has all of its {done} steps already; nothing was trained.", flush=True)
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     with explained_saving(folder):
         trainer.save_model()

@@ -132,6 +132,12 @@ def test_streams_of_unknown_length_are_complete_as_they_are():
         np.testing.assert_allclose(load_audio(bytes(data)), SPEECH, atol=1e-4)
 
 
+def test_a_file_of_no_samples_has_none_whatever_follows():
+    empty = encoded(np.zeros(0, np.float32)) + b"LIST" + struct.pack("<I", 2_000) + bytes(range(250)) * 8
+    with pytest.raises(AudioError, match="no samples"):
+        load_audio(empty[:4] + struct.pack("<I", len(empty) - 8) + empty[8:])
+
+
 def test_a_tensor_that_needs_a_gradient_is_audio():
     np.testing.assert_array_equal(load_audio(torch.tensor(SPEECH).requires_grad_()), SPEECH)
 

@@ -128,7 +128,9 @@ def test_long_audio_in_chunks_with_progress(parts, pipe, capsys):
 def test_a_muted_stretch_is_answered_with_nothing(parts, pipe):
     """It is no bad audio, and a model would make something up."""
     samples = np.concatenate([tone(1.0), np.zeros(48_000, np.float32), tone(1.0, seed=1)])
-    answer = pipe(samples, chunk_length_s=1.5, batch_size=2, **OPTIONS)
+    seen = []
+    answer = pipe(samples, chunk_length_s=1.5, batch_size=2, progress=lambda *seconds: seen.append(seconds), **OPTIONS)
+    assert seen[-1] == pytest.approx((5.0, 5.0))
     silent = [
         not np.ptp(samples[int(16_000 * a) : int(16_000 * b)]) for a, b in (c["timestamp"] for c in answer["chunks"])
     ]

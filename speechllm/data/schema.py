@@ -63,15 +63,15 @@ def with_target(row: Row) -> Row:
     """The row with a list of `answers`, for which one answer or SQuAD's dictionary may stand, and the first as `target`.
     Numbers stand for texts too: JSON has 42 where a transcript or an answer is "42"."""
     row = {**row, **{name: _text(row[name]) for name in TEXTS if name in row}}
-    answers = row.get("answers")
-    if isinstance(answers, dict):
-        row["answers"] = answers.get("text")
-    elif isinstance(answers, str | int | float):
+    if isinstance(answers := row.get("answers"), dict):
+        row["answers"] = answers = answers.get("text")
+    if isinstance(answers, str | int | float):
         row["answers"] = [answers]
     for name in LISTS:
         if isinstance(values := row.get(name), list | tuple | np.ndarray):
             row[name] = [text for text in map(_text, values) if text != ""]
-    return {**row, "target": row["answers"][0]} if row.get("answers") and not row.get("target") else row
+    answers = row.get("answers")
+    return {**row, "target": answers[0]} if isinstance(answers, list) and answers and not row.get("target") else row
 
 
 def _text(value: Any) -> Any:
@@ -87,8 +87,9 @@ def gender_pairs(terms: GenderTerms | None) -> list[tuple[str, str]]:
     Raises:
         ValueError: if they are not pairs.
     """
-    split = [part.split() for part in terms.split(";") if part.strip()] if isinstance(terms, str) else list(terms or [])
-    if not all(len(pair) == 2 and all(isinstance(form, str) for form in pair) for pair in split):
+    split = [part.split() for part in terms.split(";") if part.strip()] if isinstance(terms, str) else terms or []
+    pairs = isinstance(split, list | tuple) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in split)
+    if not pairs or not all(isinstance(form, str) for pair in split for form in pair):
         raise ValueError(f"The gender terms {terms!r} are not pairs. Write 'right wrong;right wrong'.")
     return [(right.lower(), wrong.lower()) for right, wrong in split]
 
@@ -241,7 +242,7 @@ def _checked(row: Any, path: Path, place: str, folder: str | os.PathLike, with_a
         raise ManifestError(f"{path}, {place} is a {type(row).__name__}, not an object with columns.")
     if undecodable := [name for name, value in row.items() if isinstance(value, str) and not_utf8(value)]:
         raise ManifestError(f"{path}, {place}: `{undecodable[0]}` is not UTF-8. Save the file as such.")
-    for name in ("answers", "choices"):
+    for name in LISTS:
         if isinstance(row.get(name), str):  # as CSV writes a list
             row[name] = row[name].split("|")
     try:

@@ -49,7 +49,7 @@ def read_summary(checkpoint: str | os.PathLike, **place: str) -> dict[str, Any]:
         path = optional_file(checkpoint, SUMMARY, **place)
     except (HFValidationError, RepositoryNotFoundError):  # neither a folder nor a repository
         return {}
-    return json.loads(Path(path).read_text()) if path else {}
+    return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
 
 
 def training_summary(trainer: Any, earlier_stages: list[dict], seconds: float) -> dict[str, Any]:

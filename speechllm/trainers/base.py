@@ -165,9 +165,10 @@ class SpeechLLMTrainer(ZeroTrainer):
         self.add_callback(EpochOfSampler(self))
         self.frames = self._frame_cache() if args.feature_cache else None
         self.train_rows = self._usable(train_dataset if self.stream is None else None)
+        before = set(self.set_aside)
         self.eval_rows = self._usable(eval_dataset)
         if eval_dataset is not None and len(eval_dataset) and not self.eval_rows:
-            first = next(iter(self.set_aside.values())).reason
+            first = next((item.reason for name, item in self.set_aside.items() if name not in before), "see the log.")
             raise ValueError(f"None of the {len(eval_dataset)} row(s) of `eval_dataset` can be used: {first}")
         self.train_dataset = self.items(self.train_rows) if self.train_rows else None
         self.eval_dataset = self.items(self.eval_rows) if self.eval_rows else None
@@ -297,6 +298,7 @@ class SpeechLLMTrainer(ZeroTrainer):
             collate_fn=itemgetter(0),
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor if self.args.dataloader_num_workers else None,
         )
 
     def get_train_dataloader(self) -> DataLoader:
@@ -376,11 +378,14 @@ class SpeechLLMTrainer(ZeroTrainer):
         self._positions = {}
         self._padding.zero_()
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True
-        if resume_from_checkpoint and resume_from_checkpoint is not True:  # of which `Trainer` says that there is none
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise CheckpointError(f"{self.args.output_dir} holds no checkpoint to go on from. Start without.")
+        if resume_from_checkpoint:
             self._go_on_from(Path(resume_from_checkpoint))
         output = super().train(resume_from_checkpoint, **kwargs)
         self.write_set_aside()
+        self.note_training()
         return output
 
     def _go_on_from(self, checkpoint: Path) -> None:

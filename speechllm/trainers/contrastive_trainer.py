@@ -436,9 +436,9 @@ class ContrastiveTrainer(SpeechLLMTrainer):
             batch = self.on_device(batch)
             with self.accelerator.autocast():  # in training, `Trainer` sees to it
                 states = self.aligned_states(self.headless, batch, self.all_layers)
+                losses = [float(objective(states)["loss"]) for _, objective in self.own_objectives.values()]
             if not batch["weight"]:  # a stand-in, which ran only because other processes may wait for it
                 continue
-            losses = [float(objective(states)["loss"]) for _, objective in self.own_objectives.values()]
             sums += len(batch["rows"]) * torch.tensor([*losses, 1.0], dtype=torch.float64)
             states = pool(states) if self.pooled else states
             texts.update(zip(batch["rows"], tokens_of(states.text, states.text_mask)))
@@ -527,5 +527,6 @@ class ContrastiveTrainer(SpeechLLMTrainer):
         metrics.update(speed_metrics(metric_key_prefix, start, num_samples=len(rows)))
         self.write_set_aside()
         self.log(metrics)
+        self.note_training()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -65,13 +65,13 @@ def _refuse_other_adapter(adapter: Any, args: FineTuningArguments) -> None:
     merge = "Merge it into the LLM first (speechllm publish --merge-lora)"
     if args.train_llm:
         raise ValueError(f"train_llm is for an LLM without an adapter. {merge}.")
-    has = (adapter.r, adapter.lora_alpha)
+    has = (getattr(adapter, "r", None), getattr(adapter, "lora_alpha", None))  # other adapters are trained, not saved
     if args.lora_rank and has != (args.lora_rank, args.lora_alpha):
         raise ValueError(
             f"The model has LoRA of rank {has[0]} and alpha {has[1]}, which goes on being trained; lora_rank is "
             f"{args.lora_rank} and lora_alpha {args.lora_alpha}. Leave lora_rank out or give the same. {merge} to begin anew."
         )
-    logger.info("The model's LoRA of rank %d goes on being trained.", adapter.r)
+    logger.info("The model's adapter goes on being trained.")
 
 
 def thaw_llm(model) -> None:
@@ -267,5 +267,6 @@ class FineTuningTrainer(SpeechLLMTrainer):
         metrics.update(speed_metrics(metric_key_prefix, start, num_samples=len(rows)))
         self.write_set_aside()
         self.log(metrics)
+        self.note_training()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import gather_object
 from torch.nn.utils.rnn import pad_sequence
 
-from ..objectives.layers import Similarity
+from ..objectives.layers import Side, Similarity, layer_similarities
 
 
 BLOCK = 64  # texts and utterances that are compared at once
@@ -23,7 +23,7 @@ def tokens_of(states: dict[int, torch.Tensor], mask: torch.Tensor) -> list[Token
     return [{layer: state[i][valid].cpu() for layer, state in states.items()} for i, valid in enumerate(mask.bool())]
 
 
-def padded(items: Sequence[Tokens]) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
+def padded(items: Sequence[Tokens]) -> Side:
     """Layer -> (items, length, dim), and the mask (items, length)."""
     lengths = [len(next(iter(item.values()))) for item in items]
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
@@ -47,13 +47,14 @@ def held_out_matrices(
     """
     place = {row: i for i, row in enumerate(sorted(texts))}
     columns = {row: torch.zeros(len(next(iter(texts.values()))), len(texts)) for row in utterances}  # (layers, texts)
-    for some in _blocks(utterances):
-        speech, speech_mask = _padded_on(device, [utterances[row] for row in some])
-        for others in _blocks(texts):
-            text, text_mask = _padded_on(device, [texts[row] for row in others])
-            block = torch.stack([similarity(text[layer], text_mask, speech[layer], speech_mask) for layer in text])
-            at = torch.tensor([place[row] for row in others])
-            for row, column in zip(some, block.float().cpu().unbind(2)):
+    text_blocks = [
+        (torch.tensor([place[row] for row in rows]), padded([texts[row] for row in rows])) for rows in _blocks(texts)
+    ]
+    for rows in _blocks(utterances):
+        speech = _on(device, padded([utterances[row] for row in rows]))
+        for at, text in text_blocks:
+            block = layer_similarities(similarity, _on(device, text), speech).float().cpu()
+            for row, column in zip(rows, block.unbind(2)):
                 columns[row][:, at] = column
     if processes > 1:
         columns = dict(gather_object(list(columns.items())))
@@ -67,6 +68,6 @@ def _blocks(items: Mapping[int, Tokens]) -> list[list[int]]:
     return [order[first : first + BLOCK] for first in range(0, len(order), BLOCK)]
 
 
-def _padded_on(device: torch.device, items: Sequence[Tokens]) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
-    states, mask = padded(items)
+def _on(device: torch.device, side: Side) -> Side:
+    states, mask = side
     return {layer: state.to(device) for layer, state in states.items()}, mask.to(device)

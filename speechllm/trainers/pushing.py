@@ -29,8 +29,7 @@ class PushingTrainer(Trainer):
     to save in `self.speechllm` before it calls `__init__`, and calls `save_summary` where it saves."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        trained = self.speechllm.training_summary  # by another trainer, before this one
-        source = trained or read_summary(self.speechllm.name_or_path, **self.speechllm.loaded_from)
+        source = read_summary(self.speechllm.name_or_path, **self.speechllm.loaded_from)
         self.earlier_stages = source.get("stages", [])
         self._started = time.monotonic()
         super().__init__(*args, **kwargs)
@@ -50,9 +49,12 @@ class PushingTrainer(Trainer):
         self._started = time.monotonic()
         if isinstance(resume_from_checkpoint, str) and (Path(resume_from_checkpoint) / SUMMARY).is_file():
             self._started -= read_summary(resume_from_checkpoint)["stages"][-1]["seconds"]
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        self.speechllm.training_summary = self._summary()  # for `model.push_to_hub`
-        return output
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def note_training(self) -> None:
+        """Leave the summary with a model that was trained, for `model.push_to_hub`."""
+        if self.state.global_step:
+            self.speechllm.training_summary = self._summary()
 
     def _summary(self) -> dict[str, Any]:
         return training_summary(self, self.earlier_stages, time.monotonic() - self._started)

@@ -15,7 +15,7 @@ from ..hub.training_summary import published_base_models, read_summary, stage_se
 
 logger = logging.getLogger(__name__)
 
-# Settings that may change when a run goes on: they decide how it computes, not what.
+# Settings that may change when a run goes on: those of evaluation, and what one turns where memory does not suffice.
 FREE = {
     "bf16", "fp16", "early_stopping_patience", "early_stopping_threshold", "gradcache_chunk", "gradient_accumulation_steps",
     "gradient_checkpointing", "log_figures", "max_new_tokens", "per_device_train_batch_size", "predict_with_generate",
@@ -43,11 +43,12 @@ def refuse_other_run(checkpoint: str | os.PathLike, trainer: Any) -> None:
     summary = read_summary(checkpoint)
     if not summary.get("stages"):
         return
-    *earlier, stage = summary["stages"]
+    *earlier, stage = map(_identity, summary["stages"])
+    begun_from = [*map(_identity, trainer.earlier_stages)]
     base_models = published_base_models(trainer.headless.config.base_models or {})
     if stage["trainer"] != type(trainer).__name__:
         changed = [f"it is of {stage['trainer']}"]
-    elif (earlier, summary["base_models"]) != (trainer.earlier_stages, base_models):
+    elif (earlier, summary["base_models"]) != (begun_from, base_models):
         changed = ["it began from another model"]
     else:
         begun, wanted = stage["settings"], stage_settings(trainer.args)
@@ -59,6 +60,11 @@ def refuse_other_run(checkpoint: str | os.PathLike, trainer: Any) -> None:
             f"{checkpoint} is of another run: {'; '.join(changed)}. Give this one another --output_dir. (To go on from that "
             "run's weights: --model; to go on with it all the same: --resume_from_checkpoint.)"
         )
+
+
+def _identity(stage: dict[str, Any]) -> dict[str, Any]:
+    """What of a stage does not change when its command is run again."""
+    return {name: stage[name] for name in ("trainer", "settings", "steps")}
 
 
 def refuse_weights_alone(checkpoint: str | os.PathLike) -> None:

@@ -276,6 +276,7 @@ def test_what_is_wrong_is_set_aside_and_counted(recordings):
     [
         ({"answers": ["forty-two", 42]}, {"answers": ["forty-two", "42"], "target": "forty-two"}),
         ({"answers": ["", "six"]}, {"answers": ["six"], "target": "six"}),
+        ({"answers": {"text": "six"}}, {"answers": ["six"], "target": "six"}),
         ({"answers": [""]}, "reference missing"),
         ({"answers": [["six"]]}, "`answers` is [['six']]. Write it as a list of texts."),
         (
@@ -285,6 +286,7 @@ def test_what_is_wrong_is_set_aside_and_counted(recordings):
         ({"target": "six", "choices": "six or seven"}, "`choices` is 'six or seven'"),
         ({"target": "nata", "gender_terms": "nata nato; nuova nuovo;"}, {"target": "nata"}),
         ({"target": "nata", "gender_terms": "nata"}, "The gender terms 'nata' are not pairs."),
+        ({"target": "nata", "gender_terms": [1, 2]}, "The gender terms [1, 2] are not pairs."),
     ],
 )
 def test_answers_have_their_form_or_are_set_aside(recordings, columns, found):

@@ -26,6 +26,8 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path, c
         assert last_checkpoint(tmp_path / "killed") == str(tmp_path / "killed" / "checkpoint-2")
     assert "checkpoint-4 was not written to its end" in caplog.text
     assert last_checkpoint(tmp_path / "nowhere") is None
+    with pytest.raises(CheckpointError, match="no checkpoint to go on from"):
+        contrastive(tmp_path / "nowhere").train(resume_from_checkpoint=True)
     trainer = contrastive(tmp_path / "killed", **EVERY_2, max_steps=4)
     trainer.train(resume_from_checkpoint=True)
     assert [log["step"] for log in trainer.state.log_history if "loss" in log] == [1, 2, 3, 4]
@@ -43,9 +45,10 @@ def test_a_finished_run_is_not_trained_on(tmp_path, capsys):
     assert again.state.global_step == 6 and not (tmp_path / "checkpoint-7").exists()
     for name, value in weights_of(first.speechllm).items():
         assert torch.equal(again.speechllm.state_dict()[name], value), name
-    longer = contrastive(tmp_path, **{**options, "max_steps": 7})
+    longer = contrastive(tmp_path, **{**options, "max_steps": 8}, save_total_limit=1)  # removes what it went on from
     run_training(longer)
-    assert longer.state.global_step == 7 and "nothing was trained" not in capsys.readouterr().out
+    assert longer.state.global_step == 8 and "nothing was trained" not in capsys.readouterr().out
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-8"]
 
 
 @pytest.mark.parametrize(
@@ -85,6 +88,7 @@ def test_another_stage_or_model_is_another_run(tmp_path):
     run_training(tuned("one"))
     with pytest.raises(CheckpointError, match="it began from another model"):
         run_training(tuned("two", max_steps=4))
+    run_training(contrastive(tmp_path / "one", **EVERY_2))  # a script, started again: nothing is left to train here
     run_training(tuned("one", max_steps=4))
 
 
