@@ -93,6 +93,8 @@ def train(recipe, world, output):
         replaced["train_fraction"] = 0.5
     if "max_new_tokens" in values:
         replaced["max_new_tokens"] = 2
+    if "minimum_seconds" in values:
+        replaced["minimum_seconds"] = 0.1
     stage = FINE_TUNING_STAGE if recipe.stem.startswith("finetune") else PRETRAINING_STAGE
     arguments = ["--config", str(recipe), *(f"--{name}={value}" for name, value in replaced.items())]
     model_settings, data, settings = parse_settings([ModelArguments, DataArguments, stage[0]], arguments, "test", "")
@@ -194,7 +196,7 @@ def test_published_settings(name):
         assert shape == ((2, 4, 5) if kind is FineTuningArguments else (5, 10, 2))
         if kind is ContrastiveArguments:
             assert (settings.temperature, settings.prefix, settings.gather_negatives) == (0.1, "", False)
-            assert not settings.symmetric and data.maximum_seconds == 45
+            assert not settings.symmetric and (data.minimum_seconds, data.maximum_seconds) == (1, 45)
         else:
             assert settings.lora_rank == 0
 

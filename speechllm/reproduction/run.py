@@ -199,6 +199,8 @@ def executor(jobs: int) -> Executor:
     if jobs == 1:
         return _Here()
     threads = max(1, torch.get_num_threads() // jobs)
+    # Libraries that a worker loads before it can be told (BLAS, under the probes) take a thread per core otherwise.
+    os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)))
     return ProcessPoolExecutor(jobs, get_context("spawn"), _begin_worker, (threads,))
 
 
