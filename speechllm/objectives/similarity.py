@@ -25,8 +25,8 @@ class _MaskedMean(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         mask, lengths = ctx.saved_tensors
-        shares = gradient / lengths.clamp(min=1)[:, None]
-        return mask[:, :, None] * shares[:, None], None
+        weights = mask.to(gradient.dtype) / lengths.clamp(min=1)[:, None]
+        return weights[:, :, None] * gradient[:, None], None
 
 
 def masked_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
