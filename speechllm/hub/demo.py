@@ -10,6 +10,7 @@
 4. The layers of an utterance and a sentence are computed once; the slider only draws.
 """
 
+import asyncio
 import html
 import itertools
 import logging
@@ -199,21 +200,21 @@ class Request:
 def demo_page(demo: Demo, name: str) -> gr.Blocks:
     """The page around a `Demo`; `name` is what it calls the model."""
 
-    def begin(last):
-        end(last)
+    async def begin(last):  # coroutines, as these run in the order of the clicks, and threads need not
+        await end(last)
         return Request()
 
-    def end(request, seen=True):
+    async def end(request, seen=True):
         if request is not None:
             request.ended, request.seen = True, seen
 
-    def check(path, request):
+    async def check(path, request):
         """A new recording, or none: what is shown of the last one goes."""
-        end(request, seen=False)
+        await end(request, seen=False)
         message = ""
         try:
             if path:
-                demo.load(path)
+                await asyncio.to_thread(demo.load, path)
         except Exception as error:
             message = as_message(error)
         return message, "", None, "", "", ""
@@ -293,6 +294,7 @@ def demo_page(demo: Demo, name: str) -> gr.Blocks:
         request = gr.State(None, time_to_live=KEPT)
         hidden = dict(api_visibility="private")  # a page for people; programs have the server and the pipeline
         model_runs = dict(hidden, concurrency_id="model", concurrency_limit=1)
+        again = dict(trigger_mode="multiple")  # or a click while the last one is being answered would be ignored
         task.change(
             lambda chosen: (gr.update(visible=chosen == "Translate"), gr.update(visible=chosen == "Ask a question")),
             task,
@@ -307,12 +309,14 @@ def demo_page(demo: Demo, name: str) -> gr.Blocks:
             request,
             queue=False,
             show_progress="hidden",
+            **again,
             **hidden,
         ).then(
             answer,
             [request, recording, task, language, question],
             [answer_text, answer_message],
             show_progress_on=answer_text,
+            **again,
             **model_runs,
         )
         recording.change(
@@ -323,7 +327,7 @@ def demo_page(demo: Demo, name: str) -> gr.Blocks:
             queue=False,
             **hidden,
         )
-        stop.click(end, request, queue=False, show_progress="hidden", **hidden)
+        stop.click(end, request, queue=False, show_progress="hidden", **again, **hidden)
         gr.on(
             [show.click, sentence.submit],
             compare,

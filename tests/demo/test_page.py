@@ -159,6 +159,30 @@ def test_stop_and_clear_at_any_time(page, recordings):
     expect(page.get_by_role("alert")).to_have_count(0)
 
 
+def test_asking_again_begins_anew(page, recordings):
+    """Also at once, and right after Stop: the last click is the one that counts."""
+    answer = page.get_by_role("textbox", name="Answer")
+    ask, stop = (page.get_by_role("button", name=name) for name in ("Answer", "Stop"))
+    ended = page.locator("#answer .wrap.hide")  # Gradio's progress over the box, once it is gone
+    upload(page, recordings / "good.wav")
+    ask.click()
+    expect(answer).to_have_value(re.compile("a"))
+    expect(ended).to_be_attached()
+    whole = answer.input_value()
+    for clicks in ([ask], [ask, ask], [ask, stop, ask], [ask, ask, stop, ask]):
+        ask.click()
+        expect(answer).not_to_have_value(whole)
+        expect(answer).to_have_value(re.compile("a"))  # it is being answered
+        for button in clicks:
+            button.click(no_wait_after=True)
+        expect(answer).to_have_value(whole)
+    clicks = "names => names.forEach(name => [...document.querySelectorAll('button')].find(b => b.innerText == name).click())"
+    for names in (["Answer", "Stop", "Answer"], ["Answer", "Answer", "Stop", "Stop", "Answer"]):
+        page.evaluate(clicks, names)
+        expect(answer).not_to_have_value(whole)
+        expect(answer).to_have_value(whole)
+
+
 def test_tasks_ask_for_what_they_need(page, recordings):
     language, question = page.get_by_label("Into which language?"), page.get_by_label("Question", exact=True)
     expect(language).to_be_hidden()
