@@ -85,7 +85,7 @@ def spoken_passages() -> dict[str, list[Row]]:
     for part, some in passages().items():
         rows = [{"id": f"passage {part} {i}", "text": passage.text} for i, passage in enumerate(some)]
         folder = cache_directory() / "synthesis" / f"tiny-passages-{part}"
-        made = synthesise(rows, folder, parse_voices(VOICES), takes=1, progress=False).rows
+        made = synthesise(rows, folder, parse_voices(VOICES), takes=1).rows
         spoken[part] = [
             {
                 **row,
@@ -109,7 +109,7 @@ def passages() -> dict[str, list[Passage]]:
 
 def questions() -> dict[str, list[Row]]:
     """The questions and the passages that they are about, spoken; "train" apart from both tests' passages."""
-    return spoken_question_answering(**QUESTIONS, apart_from=passages()["test"], progress=False)
+    return spoken_question_answering(**QUESTIONS, apart_from=passages()["test"])
 
 
 def prepare_fine_tuning(scale: str, tasks: Mapping[str, tuple[int, int]], fractions: Iterable[int]) -> None:
@@ -121,7 +121,7 @@ def prepare_fine_tuning(scale: str, tasks: Mapping[str, tuple[int, int]], fracti
     missing = [percent for percent in fractions if not train_manifest(scale, percent).is_file()]
     if not missing and test_manifest(scale).is_file():
         return
-    rows, asked, traits = {}, questions(), spoken_traits(progress=False)
+    rows, asked, traits = {}, questions(), spoken_traits()
     for part, transcribed in (("train", PRETRAINING), ("test", PRETRAINING_TEST)):
         translated = [row for row in load_rows(SMALL / f"{part}-tasks.jsonl") if row["task"] == "st"]
         rows[part] = [*load_rows(transcribed), *translated, *asked[part], *trait_rows(traits[part])]
@@ -157,7 +157,7 @@ def prepare_languages(source: str = "auto") -> None:
 def prepare_probing() -> None:
     """Write the recordings that are probed, with the labels' columns."""
     if not TRAITS.is_file():
-        traits = spoken_traits(PROBED_TEXTS - 10, 10, parse_voices(PROBED_VOICES), progress=False)
+        traits = spoken_traits(PROBED_TEXTS - 10, 10, parse_voices(PROBED_VOICES))
         rows = [*traits["test"], *sorted(traits["train"], key=itemgetter("text"))]
         _write(TRAITS, by_turns(rows, PROBED_TEXTS, TURNS))
 
