@@ -24,7 +24,7 @@ from .processing_speechllm import SpeechLLMProcessor
 from .recipes import UsageError
 from .saving import explained_saving
 from .trainers import SpeechLLMTrainer, SpeechLLMTrainingArguments
-from .trainers.resuming import last_checkpoint, refuse_other_run
+from .trainers.resuming import checkpoint_to_resume, last_checkpoint, refuse_other_run
 
 
 @dataclass
@@ -262,21 +262,24 @@ def run_training(trainer: SpeechLLMTrainer) -> None:
     """Train (resuming from the last checkpoint in the output folder), evaluate, save, and say what happened."""
     arguments = trainer.args
     folder = Path(arguments.output_dir)
-    resume = arguments.resume_from_checkpoint
-    if not resume and (resume := last_checkpoint(folder)):
+    if resume := arguments.resume_from_checkpoint:
+        resume = checkpoint_to_resume(folder, resume)
+    elif resume := last_checkpoint(folder):
         refuse_other_run(resume, trainer)
-    done = 0
+    done = None
     if resume:
         done = TrainerState.load_from_json(str(Path(resume) / TRAINER_STATE_NAME)).global_step
         if arguments.should_save:
             print(f"Resuming from {resume}", flush=True)
     trainer.train(resume_from_checkpoint=resume)
-    if arguments.should_save and done >= trainer.state.max_steps:
-        print(f"It has all of its {done} steps already; nothing was trained.", flush=True)
+    nothing_trained = done == trainer.state.global_step
+    if arguments.should_save and nothing_trained:
+        print(f"It ended after {done} steps; nothing was left to train.", flush=True)
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     with explained_saving(folder):
         trainer.save_model()
-        trainer.save_state()
+        if not (nothing_trained and (folder / TRAINER_STATE_NAME).is_file()):  # which tells of the training
+            trainer.save_state()
         if metrics and arguments.should_save:
             trainer.save_metrics("eval", metrics)
     if arguments.should_save:

@@ -334,6 +334,7 @@ def demo_page(demo: Demo, name: str) -> gr.Blocks:
             [recording, sentence, layer],
             [alignment, heat_map, plan, alignment_message],
             show_progress_on=[heat_map, plan],
+            trigger_mode="always_last",
             **model_runs,
         )
         layer.change(

@@ -28,6 +28,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..checkpoint_speechllm import ADAPTER_CONFIG, ADAPTER_FOLDER, PROJECTOR_WEIGHTS, CheckpointError
@@ -42,7 +44,7 @@ from ..processing_speechllm import SpeechLLMProcessor
 from ..saving import explained_saving
 from .dashboards import use_dashboards
 from .frozen_states import fill_frame_cache, frame_cache
-from .resuming import last_checkpoint, refuse_weights_alone
+from .resuming import checkpoint_to_resume, refuse_weights_alone
 from .zero import ZeroTrainer
 
 
@@ -91,8 +93,9 @@ class SpeechLLMTrainingArguments(TrainingArguments):
             raise ValueError("remove_unused_columns must stay False: the data's columns are not the model's inputs.")
         if self.stream_buffer < 1:
             raise ValueError(f"stream_buffer is {self.stream_buffer}; it must be at least 1.")
-        if self.label_smoothing_factor or self.neftune_noise_alpha is not None:
-            raise ValueError("label_smoothing_factor and neftune_noise_alpha change nothing here. Leave them out.")
+        without_effect = ("label_smoothing_factor", "neftune_noise_alpha", "bf16_full_eval", "fp16_full_eval")
+        if found := [name for name in without_effect if getattr(self, name)]:
+            raise ValueError(f"{' and '.join(found)}: nothing changes by that here. Leave it out.")
 
 
 class EpochOfSampler(TrainerCallback):
@@ -377,11 +380,8 @@ class SpeechLLMTrainer(ZeroTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
         self._positions = {}
         self._padding.zero_()
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise CheckpointError(f"{self.args.output_dir} holds no checkpoint to go on from. Start without.")
         if resume_from_checkpoint:
+            resume_from_checkpoint = checkpoint_to_resume(self.args.output_dir, resume_from_checkpoint)
             self._go_on_from(Path(resume_from_checkpoint))
         output = super().train(resume_from_checkpoint, **kwargs)
         self.write_set_aside()
@@ -390,7 +390,7 @@ class SpeechLLMTrainer(ZeroTrainer):
 
     def _go_on_from(self, checkpoint: Path) -> None:
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # whose files have other names
-            refuse_weights_alone(checkpoint)
+            refuse_weights_alone(checkpoint, self.args)
         if self.stream is not None:
             self._load_positions(checkpoint)
         listed = Path(self.args.output_dir) / SET_ASIDE
@@ -399,9 +399,13 @@ class SpeechLLMTrainer(ZeroTrainer):
             before = [SetAside(**json.loads(line)) for line in lines if line]
             self.set_aside = {item.id: item for item in before} | self.set_aside
 
+    @property
+    def _has_ended(self) -> bool:
+        return self.state.global_step >= self.state.max_steps
+
     def _run_epoch(self, *positional: Any, **loop: Any) -> None:
-        """An epoch of `Trainer`, which would take one step more where a resumed run has all of its steps already."""
-        if self.state.global_step >= self.state.max_steps:
+        """An epoch of `Trainer`, which would take one step more where a resumed run has ended already."""
+        if self._has_ended:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*positional, **loop)
@@ -435,6 +439,8 @@ class SpeechLLMTrainer(ZeroTrainer):
                     logs[name] = round(value / weight, 6)
             self._terms.clear()
         if "train_loss" in logs:  # the summary at the end
+            if self.state.global_step == self._initial_global_step:  # of nothing: the run had ended before
+                return
             share, batches = self.accelerator.gather(self._padding[None]).sum(0).tolist()
             logs["padding_share"] = round(share / max(batches, 1), 6)
         super().log(logs, start_time)
@@ -465,8 +471,19 @@ class SpeechLLMTrainer(ZeroTrainer):
             with explained_saving(folder):
                 super()._save_checkpoint(model, trial)
         except CheckpointError:
-            shutil.rmtree(folder, ignore_errors=True)  # half of one, from which the next run would try to go on
+            if not (folder / TRAINER_STATE_NAME).is_file():  # written last: whole, if it was the upload that failed
+                shutil.rmtree(folder, ignore_errors=True)
             raise
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if self.accelerator.scaler is not None:  # none where the run goes on without fp16
+            super()._load_scaler(checkpoint)
+
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        for callback in self.callback_handler.callbacks:  # `Trainer` would save only those that the checkpoint knows
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
 
     def _positions_file(self, folder: str | Path) -> Path:
         return Path(folder) / f"stream_{self.args.process_index}.pt"
@@ -476,8 +493,19 @@ class SpeechLLMTrainer(ZeroTrainer):
         # Each process has its own, as with the states of the generators; the rows in it hold tensors, bytes and numbers,
         # so it is a PyTorch file as theirs are, and read as theirs: with `weights_only=True`.
         if self.stream is not None:
-            state = {"readers": asdict(self._stream_readers()), "positions": self._positions}
+            state = {"readers": asdict(self._stream_readers()), "plan": self._stream_plan, "positions": self._positions}
             torch.save(state, self._positions_file(output_dir))
+
+    @property
+    def _stream_plan(self) -> dict[str, int]:
+        """Settings on which it depends what batch is which."""
+        args = self.args
+        return {
+            "per_device_train_batch_size": args.per_device_train_batch_size,
+            "data_seed": self._seed,
+            "stream_buffer": args.stream_buffer,
+            "length_window": args.length_window,
+        }
 
     def _load_positions(self, folder: str | Path) -> None:
         path = self._positions_file(folder)
@@ -491,6 +519,12 @@ class SpeechLLMTrainer(ZeroTrainer):
             raise CheckpointError(
                 f"{folder} is from a run with {state['readers']['processes']} process(es) of "
                 f"{state['readers']['workers']} data worker(s), each with its share of the stream. Resume with as many."
+            )
+        plan = self._stream_plan
+        if changed := [f"{name} was {was}" for name, was in state["plan"].items() if was != plan[name]]:
+            raise CheckpointError(
+                f"{folder} is from a run whose stream was dealt out otherwise: {', '.join(changed)}. Resume with the same, or "
+                "start anew with its weights as --model."
             )
         self._positions = state["positions"]
 

@@ -113,7 +113,7 @@ class AlignmentFigures(TrainerCallback):
         trainer = self.trainer
         self.recalls[moment] = trainer.held_out_recall
         self.matrices[moment] = {
-            layer: matrix[:SHOWN_PAIRS, :SHOWN_PAIRS] for layer, matrix in trainer.held_out_similarity.items()
+            layer: matrix[:SHOWN_PAIRS, :SHOWN_PAIRS].clone() for layer, matrix in trainer.held_out_similarity.items()
         }
         for history in (self.recalls, self.matrices):  # of the moments between the first and this one nothing is shown
             for passed in list(history)[1:-1]:

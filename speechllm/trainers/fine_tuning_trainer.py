@@ -186,6 +186,23 @@ class FineTuningTrainer(SpeechLLMTrainer):
         with disable_input_dtype_casting(self.speechllm, active=autocast):
             return super().training_step(*positional, **kwargs)
 
+    def _early_stopping(self) -> EarlyStoppingCallback | None:
+        asked = self.args.early_stopping_patience is not None
+        callbacks = self.callback_handler.callbacks if asked else ()
+        return next((callback for callback in callbacks if isinstance(callback, EarlyStoppingCallback)), None)
+
+    @property
+    def _has_ended(self) -> bool:
+        stopping = self._early_stopping()
+        stopped = stopping and stopping.early_stopping_patience_counter >= stopping.early_stopping_patience
+        return bool(stopped) or super()._has_ended
+
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        if stopping := self._early_stopping():  # which counts on, by what is asked for now
+            stopping.early_stopping_patience = self.args.early_stopping_patience
+            stopping.early_stopping_threshold = self.args.early_stopping_threshold
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch = self.on_device(inputs)
         inputs = self._model_inputs(batch)

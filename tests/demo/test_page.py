@@ -123,6 +123,10 @@ def test_ask_and_see(page, recordings):
     box = layer.bounding_box()
     page.mouse.click(box["x"] + box["width"] - 2, box["y"] + box["height"] / 2)
     expect(heat_map).to_contain_text("Similarity at layer 3")
+    compare(page, "Bye")
+    compare(page, "Good")
+    compare(page, "Hello there")  # while the others are drawn: the last one is what is shown in the end
+    expect(heat_map).to_contain_text("\N{OPEN BOX}")
     # The axes: the sentence's tokens, and the recording's seconds.
     texts = heat_map.locator("text").all_text_contents()
     assert "speech (seconds)" in texts and "1.4" in texts

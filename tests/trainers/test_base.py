@@ -56,7 +56,8 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(tmp_path, kind, rank
 
 
 def test_a_checkpoint_without_weights_is_refused(tmp_path):
-    (tmp_path / "checkpoint-1").mkdir()
+    contrastive(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    (tmp_path / "checkpoint-1" / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="holds neither"):
         contrastive(tmp_path / "run").train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
@@ -68,14 +69,16 @@ def test_what_trainer_offers_and_has_no_effect_here_is_refused(tmp_path, make):
         model, processor = trainer.speechllm, trainer.processing_class
         return type(trainer)(model, trainer.args, tiny_rows(), processing_class=processor, **options)
 
-    with pytest.raises(ValueError, match="`compute_metrics` has no effect here"):
-        build(compute_metrics=dict)
+    for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
+        with pytest.raises(ValueError, match=f"`{name}` has no effect here"):
+            build(**{name: dict})
     with pytest.raises(ValueError, match="There are 2 sets of rows; give one"):
         build(eval_dataset={"dev": tiny_rows(2), "test": tiny_rows(2)})
     with pytest.raises(ValueError, match=r"None of the 2 row\(s\) of `eval_dataset` can be used: utterance 0"):
         build(eval_dataset=[{**row, "text": ""} for row in tiny_rows(2)])
-    with pytest.raises(ValueError, match="label_smoothing_factor"):
-        make(tmp_path, label_smoothing_factor=0.1)
+    for setting in ({"label_smoothing_factor": 0.1}, {"neftune_noise_alpha": 5.0}, {"bf16_full_eval": True}):
+        with pytest.raises(ValueError, match=f"{next(iter(setting))}: nothing changes by that here"):
+            make(tmp_path, **setting)
     with pytest.raises(NotImplementedError, match="answers"):
         build().predict(tiny_rows(2))
 

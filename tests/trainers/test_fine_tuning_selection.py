@@ -1,6 +1,7 @@
 """Choosing the best checkpoint by any task's metric, stopping early, resuming exactly, training all of the LLM."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModel
 from speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from speechllm.evaluation.metrics import score
 from speechllm.trainers import FineTuningArguments
+from speechllm.training import run_training
 
 
 SMALL = dict(hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=48)
@@ -97,7 +99,10 @@ def test_settings_that_make_no_sense_are_refused(tmp_path):
         fine_tuning(tmp_path, model, train_llm=True)
     with pytest.raises(ValueError, match=r"LoRA of rank 2 and alpha 16.*lora_rank is 4 and lora_alpha 16"):
         fine_tuning(tmp_path, model, lora_rank=4)
-    assert fine_tuning(tmp_path, model).speechllm.peft_config["default"].r == 2  # which goes on
+    again = fine_tuning(tmp_path, model, learning_rate=1e-2)
+    before = weights_of(again.speechllm)
+    again.train()  # which goes on, also if nothing is said of it
+    assert any("lora_" in name and not torch.equal(x, before[name]) for name, x in weights_of(again.speechllm).items())
     thawed = tiny_trainable().to(torch.bfloat16)
     thawed.config.freeze_language_model = False
     language_model = fine_tuning(tmp_path, thawed).headless.language_model
@@ -157,6 +162,29 @@ def test_training_stops_when_the_metric_no_longer_improves(tmp_path):
     trainer.train()
     assert trainer.state.global_step == 4
     assert trainer.state.best_global_step == 2
+
+
+def test_a_run_that_was_stopped_early_has_ended(tmp_path, capsys):
+    """Unless it is to be more patient; without patience there, it begins to count when the run goes on."""
+    options = {**EVERY, "max_steps": 9, "save_strategy": "steps", "load_best_model_at_end": False}
+
+    def run(metrics, **further):
+        trainer = scripted(fine_tuning(tmp_path, held_out=tiny_rows(2), **options, **further), metrics)
+        run_training(trainer)
+        return trainer
+
+    run([3.0, 2.0, 2.5, 2.1, 5.0], early_stopping_patience=2)
+    capsys.readouterr()
+    again = run([2.1], early_stopping_patience=2)
+    assert again.state.global_step == 4 and "It ended after 4 steps" in capsys.readouterr().out
+    patient = run([2.2, 2.3, 9.0], early_stopping_patience=4)
+    assert patient.state.global_step == 6
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    shutil.rmtree(tmp_path / "checkpoint-5")
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    del state["stateful_callbacks"]["EarlyStoppingCallback"]
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text(json.dumps(state))
+    assert run([2.2, 2.3, 9.0], early_stopping_patience=2).state.global_step == 6
 
 
 @pytest.mark.parametrize("kind", ["projector", "lora", "llm"])

@@ -17,8 +17,22 @@ from speechllm.training import run_training
 EVERY_2 = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
 
 
+def steps_of(trainer):
+    """The steps that it takes, as they are taken."""
+    seen, step = [], trainer.training_step
+    trainer.training_step = lambda *a, **k: (seen.append(trainer.state.global_step), step(*a, **k))[1]
+    return seen
+
+
+def assert_same_weights(trainer, other):
+    after = weights_of(other.speechllm)
+    for name, value in weights_of(trainer.speechllm).items():
+        torch.testing.assert_close(value, after[name], atol=1e-5, rtol=0, msg=name)
+
+
 def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path, caplog):
-    contrastive(tmp_path / "whole", **EVERY_2, max_steps=4).train()
+    whole = contrastive(tmp_path / "whole", **EVERY_2, max_steps=4)
+    whole.train()
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
     (tmp_path / "killed" / "checkpoint-4" / "trainer_state.json").unlink()
     (tmp_path / "killed" / "checkpoint-notes").mkdir()
@@ -28,9 +42,17 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path, c
     assert last_checkpoint(tmp_path / "nowhere") is None
     with pytest.raises(CheckpointError, match="no checkpoint to go on from"):
         contrastive(tmp_path / "nowhere").train(resume_from_checkpoint=True)
-    trainer = contrastive(tmp_path / "killed", **EVERY_2, max_steps=4)
-    trainer.train(resume_from_checkpoint=True)
-    assert [log["step"] for log in trainer.state.log_history if "loss" in log] == [1, 2, 3, 4]
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-4 .*not written to its end \(trainer_state.json is missing\)"
+    ):
+        run_training(contrastive(tmp_path / "killed", resume_from_checkpoint=str(tmp_path / "killed" / "checkpoint-4")))
+    trainer = contrastive(
+        tmp_path / "killed", **EVERY_2, max_steps=4, resume_from_checkpoint="True"
+    )  # as a recipe says it
+    steps = steps_of(trainer)
+    run_training(trainer)
+    assert steps == [2, 3]
+    assert_same_weights(trainer, whole)
 
 
 def test_a_finished_run_is_not_trained_on(tmp_path, capsys):
@@ -38,16 +60,22 @@ def test_a_finished_run_is_not_trained_on(tmp_path, capsys):
     options = {**EVERY_2, "max_steps": 6}
     first = contrastive(tmp_path, **options)
     run_training(first)
+    record = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert record["log_history"][-1]["train_loss"] > 0
     capsys.readouterr()
     again = contrastive(tmp_path, **options)
+    steps = steps_of(again)
     run_training(again)
-    assert "It has all of its 6 steps already; nothing was trained." in capsys.readouterr().out
+    assert "It ended after 6 steps; nothing was left to train." in capsys.readouterr().out
+    assert not steps and json.loads((tmp_path / "trainer_state.json").read_text()) == record
+    assert not any("train_loss" in log for log in again.state.log_history)  # it would be that of no step
     assert again.state.global_step == 6 and not (tmp_path / "checkpoint-7").exists()
     for name, value in weights_of(first.speechllm).items():
         assert torch.equal(again.speechllm.state_dict()[name], value), name
     longer = contrastive(tmp_path, **{**options, "max_steps": 8}, save_total_limit=1)  # removes what it went on from
+    steps = steps_of(longer)
     run_training(longer)
-    assert longer.state.global_step == 8 and "nothing was trained" not in capsys.readouterr().out
+    assert steps == [6, 7] and "nothing was left" not in capsys.readouterr().out
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-8"]
 
 
@@ -58,6 +86,7 @@ def test_a_finished_run_is_not_trained_on(tmp_path, capsys):
         ({"learning_rate": 1e-3}, "learning_rate was 0.01, and is 0.001 now"),
         ({"similarity": "wasserstein"}, "similarity was cosine, and is wasserstein now"),
         ({"layer_schedule": "0:emb 2:all"}, "layer_schedule was None, and is 0:emb 2:all now"),
+        ({"per_device_train_batch_size": 8}, "per_device_train_batch_size was 4, and is 8 now"),
     ],
 )
 def test_other_settings_are_another_run(tmp_path, change, reason):
@@ -65,13 +94,18 @@ def test_other_settings_are_another_run(tmp_path, change, reason):
     run_training(contrastive(tmp_path, **options))
     with pytest.raises(CheckpointError, match=f"of another run: {reason}.*another --output_dir"):
         run_training(contrastive(tmp_path, **{**options, **change, "max_steps": 4}))
-    free = contrastive(tmp_path, **options, gradcache_chunk=2)  # decides how the loss is computed, not what it is
-    run_training(free)
+    for free in (
+        {"gradcache_chunk": 2},  # decides how the loss is computed, not what it is
+        {"gradient_checkpointing": True},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},  # as many rows a step
+    ):
+        run_training(contrastive(tmp_path, **{**options, **free}))
     told = contrastive(
         tmp_path, **{**options, **change, "max_steps": 3}, resume_from_checkpoint=str(tmp_path / "checkpoint-2")
     )
+    steps = steps_of(told)
     run_training(told)
-    assert told.state.global_step == 3
+    assert steps == [2]
 
 
 def test_another_stage_or_model_is_another_run(tmp_path):
@@ -94,9 +128,35 @@ def test_another_stage_or_model_is_another_run(tmp_path):
 
 def test_weights_alone_are_no_checkpoint_to_go_on_from(tmp_path):
     """The optimiser and the learning rate would begin anew, and nothing would say so."""
-    contrastive(tmp_path, **EVERY_2, save_only_model=True).train()
-    with pytest.raises(CheckpointError, match="holds no optimizer.pt, as with save_only_model"):
-        run_training(contrastive(tmp_path, **EVERY_2, save_only_model=True, max_steps=4))
+    options = {**EVERY_2, "save_only_model": True}
+    run_training(contrastive(tmp_path, **options))
+    for longer in ({"max_steps": 4}, {"max_steps": -1, "num_train_epochs": 2}):
+        with pytest.raises(CheckpointError, match="holds no optimizer.pt, as with save_only_model"):
+            run_training(contrastive(tmp_path, **options, **longer))
+    run_training(contrastive(tmp_path, **options))  # which has nothing left to train
+
+
+def test_a_run_of_float16_goes_on_without(tmp_path):
+    """Its checkpoint holds the state of a loss scale that bfloat16 has no use for."""
+    contrastive(tmp_path, **EVERY_2).train()
+    torch.save({"scale": 65536.0}, tmp_path / "checkpoint-2" / "scaler.pt")
+    trainer = contrastive(tmp_path, **EVERY_2, max_steps=3, bf16=True)
+    steps = steps_of(trainer)
+    run_training(trainer)
+    assert steps == [2]
+
+
+def test_a_checkpoint_that_is_whole_survives_a_failing_upload(tmp_path, monkeypatch):
+    trainer = contrastive(tmp_path, **EVERY_2, max_steps=4)
+
+    def full(folder):
+        raise OSError(28, "No space left on device", "/tmp")
+
+    monkeypatch.setattr(trainer, "_push_from_checkpoint", full)
+    monkeypatch.setattr(trainer.args, "push_to_hub", True)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
 def test_what_was_set_aside_before_stays_listed(tmp_path):

@@ -48,11 +48,13 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(tmp_path, train, wor
     after = weights_of(whole.speechllm)
     for name, value in weights_of(resumed.speechllm).items():
         torch.testing.assert_close(value, after[name], atol=1e-6, rtol=0, msg=name)
-    if workers:
-        with pytest.raises(CheckpointError, match="of 2 data worker"):
-            train(tmp_path / "other", None, stream(), **{**options, "dataloader_num_workers": 0}).train(
-                resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4")
-            )
+    others = {"dataloader_num_workers": (2 - workers, f"of {max(workers, 1)} data worker"),
+              "per_device_train_batch_size": (3, "per_device_train_batch_size was 2"),
+              "data_seed": (5, "data_seed was 42"), "stream_buffer": (9, "stream_buffer was 7")}  # fmt: skip
+    for name, (value, reason) in others.items():
+        other = train(tmp_path / "other", None, stream(), **{**options, name: value})
+        with pytest.raises(CheckpointError, match=reason):
+            other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
 
 
 def test_a_checkpoint_of_a_run_without_a_stream_is_refused(tmp_path):
