@@ -112,6 +112,13 @@ def load_audio(
     elif isinstance(source, np.ndarray | torch.Tensor | list | tuple):
         name = name or "the audio array"
         samples, rate = _as_samples(source, name), SAMPLING_RATE if sampling_rate is None else sampling_rate
+    elif hasattr(source, "get_all_samples"):  # torchcodec's, as in the audio columns of `datasets`
+        try:
+            decoded = source.get_all_samples()
+        except Exception as error:  # what it raises depends on the file
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise AudioError(f"{name or 'The audio'} cannot be decoded: {reason}") from error
+        return load_audio(decoded.data, decoded.sample_rate, name, shortest, max_seconds)
     else:
         raise AudioError(
             f"{name or 'The audio'} is a {type(source).__name__}. Give a path, bytes, a NumPy array or a torch tensor."

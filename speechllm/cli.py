@@ -258,7 +258,7 @@ def demo(arguments: list[str]) -> None:
     parser = _parser("demo", demo)
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
-    parser.add_argument("--port", type=_positive, help="default: the first free one from 7860")
+    parser.add_argument("--port", type=_port, help="0 or none: the first free one from 7860")
     parser.add_argument("--device", default=None, help="e.g. cuda:0 (default: a GPU if there is one, else the CPU)")
     parser.add_argument("--max-audio-seconds", type=_above_zero, default=60.0, help="of a recording")
     parser.add_argument("--max-upload-mb", type=_above_zero, default=25.0, help="of a recording")

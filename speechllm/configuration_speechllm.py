@@ -9,7 +9,7 @@ one placeholder per speech token into the prompt) and the model (which fills the
 
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from math import prod
+from math import inf, prod
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -228,6 +228,17 @@ class SpeechLLMConfig(PreTrainedConfig):
             window=self.projector_config.window_frames,
             tokens_per_window=self.projector_config.tokens_per_window,
         )
+
+    @property
+    def context(self) -> float:
+        """Tokens that the LLM has positions for; infinite if it does not say."""
+        return getattr(self.get_text_config(), "max_position_embeddings", None) or inf
+
+    @property
+    def batch_context(self) -> float:
+        """Tokens up to which a batch may generate. A row that has ended goes on as padding until the longest has: beyond a
+        table of learned positions, where rotary ones have no table."""
+        return self.context if getattr(self.get_text_config(), "rope_parameters", None) is None else inf
 
     def to_dict(self) -> dict[str, Any]:
         # Every published config says where its code lies, whoever saved it last (loading from the Hub rewrites it).

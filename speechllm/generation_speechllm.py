@@ -10,8 +10,9 @@ import torch
 from torch.nn import functional as F
 from transformers import GenerationMixin
 from transformers.generation import (
-    LogitsProcessor,
     LogitsProcessorList,
+    PromptLookupCandidateGenerator,
+    SuppressTokensLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
@@ -24,18 +25,6 @@ AUDIO_INPUTS = (
     "speech_frames",
     "speech_frames_mask",
 )
-
-
-class NoPlaceholder(LogitsProcessor):
-    """Where the LLM has spare rows in its embedding table, the placeholder's id is one of them, and could be drawn."""
-
-    def __init__(self, audio_token_id: int):
-        self.audio_token_id = audio_token_id
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        scores = scores.clone()
-        scores[:, self.audio_token_id] = -torch.inf
-        return scores
 
 
 class AudioAwareLogitsProcessors(LogitsProcessorList):
@@ -64,7 +53,17 @@ class SpeechLLMGenerationMixin(GenerationMixin):
         extra = self.config.audio_token_id + 1 - self.config.text_config.vocab_size
         if extra > 0:
             return AudioAwareLogitsProcessors(processors, extra)
-        return LogitsProcessorList([NoPlaceholder(self.config.audio_token_id), *processors])
+        # The LLM has spare rows in its embedding table, of which the placeholder's id is one, and could be drawn.
+        return LogitsProcessorList([SuppressTokensLogitsProcessor([self.config.audio_token_id]), *processors])
+
+    def _get_candidate_generator(self, *args, **kwargs):
+        """Prompt lookup tries what follows in the prompt, and looks up its score: the placeholder's is to be the least."""
+        generator, placeholder = super()._get_candidate_generator(*args, **kwargs), self.config.audio_token_id
+        if isinstance(generator, PromptLookupCandidateGenerator):
+            processors = [SuppressTokensLogitsProcessor([placeholder]), *generator.logits_processor]
+            generator.logits_processor = LogitsProcessorList(processors)
+            generator.vocab_size = max(generator.vocab_size, placeholder + 1)
+        return generator
 
     # `generate` looks for `inputs_embeds` among the parameters.
     def prepare_inputs_for_generation(self, *args, inputs_embeds=None, is_first_iteration=False, **kwargs):

@@ -114,7 +114,7 @@ class EndpointHandler:
             )
         except ValueError as error:
             raise RequestError(str(error), status=413 if "TooLong" in type(error).__name__ else 400) from error
-        return {"array": checked["samples"], "prompt": prompt}
+        return {"array": checked["samples"], "checked": True, "prompt": prompt}
 
     def _options(self, parameters: Any) -> tuple[dict[str, Any], str | None]:
         """Parameters of a request -> options of the pipeline, and the prompt of items that have none of their own."""

@@ -9,7 +9,7 @@
 3. The answers to an audio's chunks are joined.
 """
 
-import math
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from transformers import Pipeline
 from transformers.utils import logging
 
-from .audio_speechllm import SHORTEST, AudioSource, cut_at_pauses, is_silent, load_audio
+from .audio_speechllm import AudioSource, cut_at_pauses, is_silent, load_audio
 from .configuration_speechllm import SAMPLING_RATE
 
 
@@ -72,12 +72,11 @@ class SpeechLLMPipeline(Pipeline):
         self, audio: AudioSource, sampling_rate: int | None = None, max_audio_s: float | None = None
     ) -> np.ndarray:
         """One audio -> (samples,) float32 at 16 kHz, checked, at least as long as the encoder needs. See `load_audio`."""
-        shortest = max(SHORTEST, self.processor.rule.shortest)
-        return load_audio(audio, sampling_rate, shortest=shortest, max_seconds=max_audio_s)
+        return load_audio(audio, sampling_rate, shortest=self.processor.shortest, max_seconds=max_audio_s)
 
     def prepare(self, item, prompt=PROMPT, sampling_rate=None, chunk_length_s=None, max_audio_s=None) -> dict[str, Any]:
         """One of the inputs of `__call__`, with its options -> its `samples` as of `load`, its `prompt`, and its
-        `chunks`, a list of `{"span": (first sample, end)}`.
+        `chunks`, a list of `{"span": (first sample, end), "tokens": with the prompt}`.
 
         Raises:
             AudioError: if the audio cannot be used.
@@ -91,14 +90,16 @@ class SpeechLLMPipeline(Pipeline):
         samples = self.load(item, sampling_rate, max_audio_s)
         spans = cut_at_pauses(samples, chunk_length_s) if chunk_length_s else [(0, len(samples))]
         text = self.processor.apply_chat_template([_chat(samples, prompt)], add_generation_prompt=True)[0]
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        context, chunks = self.model.config.context, []
         for start, end in spans:
-            if (tokens := self.processor.count_tokens(text, [end - start])) >= context:
+            tokens = self.processor.count_tokens(text, [end - start])
+            chunks.append({"span": (start, end), "tokens": tokens})
+            if tokens >= context:
                 raise ValueError(
                     f"Audio of {(end - start) / SAMPLING_RATE:.0f} seconds and its prompt take {tokens:,} tokens, and the "
                     f"LLM has a context of {context:,}. Use `chunk_length_s`, e.g. 30, or cut the audio."
                 )
-        return {"samples": samples, "prompt": prompt, "chunks": [{"span": span} for span in spans]}
+        return {"samples": samples, "prompt": prompt, "chunks": chunks}
 
     def _answers(self, inputs, batch_size, progress, forward, **options) -> Iterator[dict[str, Any]]:
         """The answers in the inputs' order, each as soon as all of its chunks have been answered."""
@@ -122,7 +123,8 @@ class SpeechLLMPipeline(Pipeline):
                             done.add((chunk["span"][1] - chunk["span"][0]) / SAMPLING_RATE)
                         else:
                             waiting.append((audio, chunk))
-                batch, waiting = waiting[:batch_size], waiting[batch_size:]
+                together = self._together([chunk["tokens"] for _, chunk in waiting[:batch_size]], forward)
+                batch, waiting = waiting[:together], waiting[together:]
                 pieces = [(audio["samples"][slice(*chunk["span"])], audio["prompt"]) for audio, chunk in batch]
                 texts = self.postprocess(self.forward(self.preprocess(pieces), **forward)) if pieces else []
                 for (_, chunk), text in zip(batch, texts, strict=True):
@@ -130,6 +132,19 @@ class SpeechLLMPipeline(Pipeline):
                     done.add((chunk["span"][1] - chunk["span"][0]) / SAMPLING_RATE)
                 while audios and all("text" in chunk for chunk in audios[0]["chunks"]):
                     yield self._joined(audios.pop(0), options.get("chunk_length_s"))
+
+    def _together(self, tokens: list[int], forward: dict[str, Any]) -> int:
+        """How many of the first prompts, of so many tokens each, are answered at once: those that leave room for the longest
+        answer; else one alone, whose answer is as long as there is room."""
+        room = self.model.config.context - (self._longest_answer(forward) or 0)
+        fitting = itertools.takewhile(lambda count: count <= room, tokens)
+        return max(min(len(tokens), 1), sum(1 for _ in fitting))
+
+    def _longest_answer(self, generate_kwargs: dict[str, Any]) -> int | None:
+        """In tokens; `None`: `generate` is told in another way."""
+        if {"generation_config", "max_length"} & generate_kwargs.keys():
+            return None
+        return generate_kwargs.get("max_new_tokens") or self.model.generation_config.max_new_tokens or 256
 
     def _joined(self, audio: dict, chunk_length_s: float | None) -> dict[str, Any]:
         answer = {"text": " ".join(chunk["text"] for chunk in audio["chunks"] if chunk["text"])}
@@ -163,10 +178,8 @@ class SpeechLLMPipeline(Pipeline):
         length = inputs["input_ids"].shape[1]
         if (generate_kwargs.get("num_return_sequences") or 1) > 1:
             raise ValueError("The pipeline gives one answer to each audio. Leave out `num_return_sequences`.")
-        if not {"generation_config", "max_length"} & generate_kwargs.keys():
-            wanted = generate_kwargs.get("max_new_tokens") or self.model.generation_config.max_new_tokens or 256
-            room = (getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf) - length
-            generate_kwargs["max_new_tokens"] = max(1, min(wanted, room))
+        if (wanted := self._longest_answer(generate_kwargs)) is not None:
+            generate_kwargs["max_new_tokens"] = max(1, min(wanted, self.model.config.context - length))
         return self.model.generate(**inputs, **generate_kwargs)[:, length:]
 
     def postprocess(self, output: torch.Tensor) -> list[str]:
@@ -214,7 +227,9 @@ def _is_several(inputs: Any) -> bool:
     if isinstance(inputs, list | tuple):
         return not (inputs and isinstance(inputs[0], int | float))  # numbers are the samples of one audio
     single = (str, bytes, bytearray, memoryview, dict, np.ndarray, torch.Tensor)
-    return not isinstance(inputs, single) and (isinstance(inputs, Iterable) or hasattr(inputs, "__getitem__"))
+    if isinstance(inputs, single) or hasattr(inputs, "get_all_samples"):  # a decoder of `datasets`
+        return False
+    return isinstance(inputs, Iterable) or hasattr(inputs, "__getitem__")
 
 
 __all__ = ["SpeechLLMPipeline"]

@@ -26,12 +26,18 @@ OPTION_GROUPS = ("common_kwargs", "audio_kwargs", "text_kwargs")
 CALL_OPTIONS = (  # that `apply_chat_template` takes directly too
     "add_special_tokens",
     "max_length",
+    "pad_to_multiple_of",
     "padding",
     "padding_side",
+    "return_attention_mask",
     "return_tensors",
     "sampling_rate",
     "truncation",
 )
+NOT_WITH_AUDIO = {  # that `apply_chat_template` of a tokenizer has
+    "return_assistant_tokens_mask": "`return_labels=True` marks the answers",
+    "sanitize_control_tokens": "write no special tokens into texts",
+}
 
 
 class SpeechLLMProcessor(ProcessorMixin):
@@ -134,7 +140,7 @@ class SpeechLLMProcessor(ProcessorMixin):
         Raises:
             AudioError: if the audio cannot be used, see `load_audio`, or is shorter than one encoder frame.
         """
-        waveform = load_audio(audio, sampling_rate, name, shortest=max(SHORTEST, self.rule.shortest))
+        waveform = load_audio(audio, sampling_rate, name, shortest=self.shortest)
         segments, start = [], 0
         for length in self.segment_lengths(len(waveform)):
             segments.append(self._extract_segment(waveform[start : start + length]))
@@ -166,6 +172,11 @@ class SpeechLLMProcessor(ProcessorMixin):
         steps = torch.tensor([segment["steps"] for segment in segments])
         mask = torch.arange(size) < steps[:, None]
         return {self.audio_input_name: features, f"{self.audio_input_name}_mask": mask}
+
+    @property
+    def shortest(self) -> int:
+        """Samples at 16 kHz that an audio must have."""
+        return max(SHORTEST, self.rule.shortest)
 
     def _counts(self, audios: list[list[dict[str, torch.Tensor | int]]]) -> list[int]:
         """Speech tokens of each audio, given its segments."""
@@ -257,7 +268,11 @@ class SpeechLLMProcessor(ProcessorMixin):
 
         Raises:
             AudioError: if an audio part has no audio, or one that cannot be used.
+            ValueError: for an option of tokenizers that there is not here.
         """
+        for name, instead in NOT_WITH_AUDIO.items():
+            if kwargs.pop(name, None):
+                raise ValueError(f"There is no `{name}` here: {instead}.")
         options = _flat_options(processor_kwargs or {})
         for name in CALL_OPTIONS:
             if kwargs.get(name) is not None:

@@ -1,6 +1,7 @@
 """Pipelines: Transformers' own with a chat, and the one that travels with a checkpoint, against plain `generate`."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -123,6 +124,65 @@ def test_long_audio_in_chunks_with_progress(parts, pipe, capsys):
     assert [done for done, _ in seen] == sorted(done for done, _ in seen) and len(seen) == 4
     pipe(samples, chunk_length_s=2, progress=True, **OPTIONS)
     assert "100%" in capsys.readouterr().err
+
+
+def test_a_piece_is_not_judged_as_a_recording(parts, pipe):
+    """Of a square wave one would say that it is clipped beyond use."""
+    square = (0.3 * np.sign(np.sin(np.arange(48_000) / 20))).astype(np.float32)
+    samples = np.concatenate([tone(1.0), square, tone(1.0, seed=1)])
+    with pytest.raises(ValueError, match="clipped"):
+        pipe(square)
+    assert all(chunk["text"] for chunk in pipe(samples, chunk_length_s=1.5, **OPTIONS)["chunks"])
+
+
+def test_a_recording_that_ends_muted_is_answered_whole(pipe):
+    samples = np.concatenate([tone(3.0), np.zeros(48_000, np.float32)])
+    chunks = pipe(samples, chunk_length_s=1.5, batch_size=1, **OPTIONS)["chunks"]
+    assert chunks[0]["text"] and chunks[1]["text"] and chunks[-1]["text"] == ""
+
+
+class Decoder:
+    """As `datasets` gives audio: not a sequence, and not iterable, but with `[...]`."""
+
+    def __init__(self, samples, rate):
+        self.samples, self.rate = samples, rate
+
+    def __getitem__(self, key):
+        raise KeyError(key)
+
+    def get_all_samples(self):
+        if self.samples is None:
+            raise RuntimeError("Could not open input file\n at ...")
+        return SimpleNamespace(data=torch.from_numpy(self.samples)[None], sample_rate=self.rate)
+
+
+def test_decoders_of_datasets(parts, pipe):
+    samples = tone(1.0)
+    decoder = Decoder(samples, 16_000)
+    for given in (decoder, {"audio": decoder}):
+        assert pipe(given, **OPTIONS)["text"] == expected(parts, samples)
+    assert len(pipe([decoder, decoder], **OPTIONS)) == 2
+    with pytest.raises(ValueError, match="The audio cannot be decoded: Could not open input file$"):
+        pipe(Decoder(None, 16_000))
+
+
+def test_an_answer_ends_with_the_context_and_cuts_no_other_short(pipe, monkeypatch):
+    """A prompt that leaves no room for a whole answer is answered alone."""
+    seen, generate = [], pipe.model.generate
+
+    def noted(**inputs):
+        seen.append((*inputs["input_ids"].shape, inputs["max_new_tokens"]))
+        return generate(**inputs)
+
+    monkeypatch.setattr(pipe.model, "generate", noted)
+    pipe([tone(0.5), tone(2.0)], batch_size=2, max_new_tokens=1)
+    ((_, length, _),) = seen
+    seen.clear()
+    monkeypatch.setattr(pipe.model.config.text_config, "max_position_embeddings", length + 3)
+    short, long = tone(0.5), tone(2.0, seed=1)
+    pipe([short, long, short, short], batch_size=4, max_new_tokens=8, do_sample=False)
+    assert [(rows, tokens) for rows, _, tokens in seen] == [(1, 8), (1, 3), (2, 8)]
+    assert seen[1][1] == length
 
 
 def test_a_muted_stretch_is_answered_with_nothing(parts, pipe):

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from transformers import AutoProcessor, StoppingCriteriaList, TextIteratorStreamer
 
-from ..audio_speechllm import SHORTEST, load_audio
+from ..audio_speechllm import load_audio
 from ..configuration_speechllm import AUDIO_TOKEN
 from ..data.prompts import chat_of, shared_prefix
 from ..evaluation.alignment import Alignment, align, plan_figure, similarity_figure
@@ -102,9 +102,11 @@ class Demo:
         """
         if not path or not Path(path).is_file():  # old ones are deleted
             raise DemoError("There is no recording: record one or upload a file first.")
-        shortest = max(SHORTEST, self.processor.rule.shortest)
         return load_audio(
-            Path(path).read_bytes(), name="The recording", shortest=shortest, max_seconds=self.max_audio_seconds
+            Path(path).read_bytes(),
+            name="The recording",
+            shortest=self.processor.shortest,
+            max_seconds=self.max_audio_seconds,
         )
 
     def answer(self, path: str | None, task: str, language: str, question: str) -> Iterator[str]:
@@ -190,6 +192,8 @@ class Request:
     """An answer that is being given or waits for its turn. Gradio's own way to stop one, `cancels`, is an error in the
     browser when the answer has just ended."""
 
+    number: int
+    begun: bool = False
     ended: bool = False
     seen: bool = True  # whether the page still shows it
 
@@ -202,7 +206,8 @@ def demo_page(demo: Demo, name: str) -> gr.Blocks:
 
     async def begin(last):  # coroutines, as these run in the order of the clicks, and threads need not
         await end(last)
-        return Request()
+        request = Request(1 if last is None else last.number + 1)
+        return request, request.number
 
     async def end(request, seen=True):
         if request is not None:
@@ -219,7 +224,12 @@ def demo_page(demo: Demo, name: str) -> gr.Blocks:
             message = as_message(error)
         return message, "", None, "", "", ""
 
-    def answer(request, path, task, language, question):
+    def answer(request, number, path, task, language, question):
+        # The request is the last one by now, the other inputs are as they were at the click: `number` tells whether it is
+        # that click's. What was superseded or stopped while it waited is not answered.
+        if request.number != number or request.begun or request.ended:
+            return
+        request.begun = True
         yield "", ""
         try:
             for text in itertools.takewhile(lambda _: not request.ended, demo.answer(path, task, language, question)):
@@ -291,7 +301,7 @@ def demo_page(demo: Demo, name: str) -> gr.Blocks:
                 plan = gr.HTML(elem_id="plan")
 
         page.load(None, js=ARROW_KEYS)
-        request = gr.State(None, time_to_live=KEPT)
+        request, number = gr.State(None, time_to_live=KEPT), gr.Number(visible=False)
         hidden = dict(api_visibility="private")  # a page for people; programs have the server and the pipeline
         model_runs = dict(hidden, concurrency_id="model", concurrency_limit=1)
         again = dict(trigger_mode="multiple")  # or a click while the last one is being answered would be ignored
@@ -306,14 +316,14 @@ def demo_page(demo: Demo, name: str) -> gr.Blocks:
             [ask.click, question.submit, language.submit],
             begin,
             request,
-            request,
+            [request, number],
             queue=False,
             show_progress="hidden",
             **again,
             **hidden,
         ).then(
             answer,
-            [request, recording, task, language, question],
+            [request, number, recording, task, language, question],
             [answer_text, answer_message],
             show_progress_on=answer_text,
             **again,
@@ -400,7 +410,7 @@ def launch_demo(
     try:
         _, address, _ = page.launch(
             server_name=host,
-            server_port=port,
+            server_port=port or None,
             max_file_size=int(max_upload_mb * 2**20),  # the page tells it in these
             theme=gr.themes.Default(
                 primary_hue="blue", neutral_hue="slate", font=FONTS, font_mono=["ui-monospace", "monospace"]

@@ -25,7 +25,7 @@ from ..processing_speechllm import SpeechLLMProcessor
 from ..pushing_speechllm import forget_this_machine, refuse_local_bases, upload_checkpoint
 from .card import write_card
 from .merging import cast_frozen, merge_adapter
-from .training_summary import SUMMARY, read_summary
+from .training_summary import read_summary, write_summary
 
 
 EXAMPLES = "examples"
@@ -87,7 +87,7 @@ def prepare_folder(
         SpeechLLMProcessor.from_pretrained(model).save_pretrained(target)
         copy_hub_files(target)
         if summary := read_summary(model):
-            (target / SUMMARY).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+            write_summary(target, summary)
         for path in map(Path, examples):
             (target / EXAMPLES).mkdir(exist_ok=True)
             shutil.copyfile(path, target / EXAMPLES / path.name)

@@ -77,8 +77,8 @@ class Service:
 
     def __init__(self, model, processor, name: str, limits: Limits, max_batch_size: int, max_wait: float):
         self.processor, self.name, self.limits = processor, name, limits
-        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-        self.batcher = Batcher(model, processor, max_batch_size, max_wait, self.context)
+        self.context = model.config.context
+        self.batcher = Batcher(model, processor, max_batch_size, max_wait, model.config.batch_context)
         processor.count_tokens("", [])  # turns off what padding the tokenizer was saved with, before threads share it
         self.created = int(time.time())
         self.in_flight = 0
@@ -300,13 +300,19 @@ class Service:
 
     def prepare_chat(self, messages: list[dict]) -> tuple[str, list[np.ndarray], int]:
         """Messages -> rendered prompt, samples of its audios, and its length in tokens."""
-        left, audios = self.limits.max_audio_seconds, []
+        limit, audios = self.limits.max_audio_seconds, []
         for i, message in enumerate(messages):
             for part in message["content"] if isinstance(message["content"], list) else ():
                 if part["type"] == "audio":
-                    part["audio"] = self.load(part["audio"], f"The audio in message {i}", left)
+                    left = limit - sum(map(len, audios)) / SAMPLING_RATE
+                    try:
+                        part["audio"] = self.load(part["audio"], f"The audio in message {i}", max(left, 0))
+                    except AudioTooLongError as error:
+                        if not audios:
+                            raise
+                        message = f"The chat has more than {limit:g} seconds of audio, the limit here. Shorten it."
+                        raise AudioTooLongError(message) from error
                     audios.append(part["audio"])
-                    left -= len(part["audio"]) / SAMPLING_RATE
         return self.render(messages, audios)
 
     def prepare_transcription(self, file: bytes, prompt: str) -> tuple[np.ndarray, list[tuple[int, int]], list]:
@@ -321,8 +327,7 @@ class Service:
         return samples, spans, prompts
 
     def load(self, data: bytes, name: str, max_seconds: float) -> np.ndarray:
-        shortest = max(400, self.processor.rule.shortest)
-        return load_audio(data, name=name, shortest=shortest, max_seconds=max(max_seconds, 0))
+        return load_audio(data, name=name, shortest=self.processor.shortest, max_seconds=max_seconds)
 
     def render(self, messages: list[dict], audios: list[np.ndarray]) -> tuple[str, list[np.ndarray], int]:
         try:

@@ -92,7 +92,8 @@ class Batcher:
             "Already borrowed".
         max_batch_size: prompts generated at once.
         max_wait: seconds that a prompt waits for others.
-        context: positions that the LLM has. A batch goes as far as its longest prompt and its longest answer together.
+        context: positions that the rows of a batch share, see `SpeechLLMConfig.batch_context`: its longest prompt and its
+            longest answer must fit together.
     """
 
     def __init__(

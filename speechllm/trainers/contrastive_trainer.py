@@ -237,8 +237,7 @@ class ContrastiveTrainer(SpeechLLMTrainer):
             return {}
         shift = random.Random(f"shift {self.args.seed} {self.state.global_step}").randrange(self.args.position_shift)
         positions = torch.arange(shift, shift + input_ids.shape[1], device=input_ids.device)
-        limit = getattr(self.headless.config.text_config, "max_position_embeddings", None)
-        if limit is not None and len(positions) + shift > limit:
+        if len(positions) + shift > (limit := self.headless.config.context):
             raise ValueError(
                 f"position_shift moves {len(positions)} tokens by {shift}, but this LLM has {limit} positions. Lower it."
             )

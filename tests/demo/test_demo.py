@@ -1,5 +1,6 @@
 """The demo without a browser: what it answers, what it refuses and in which words, and the Space around it."""
 
+import asyncio
 import itertools
 import os
 import socket
@@ -19,7 +20,7 @@ from speechllm import SpeechLLMForConditionalGeneration
 from speechllm.audio_speechllm import AudioError
 from speechllm.cli import main
 from speechllm.evaluation.transcription import Transcriber
-from speechllm.hub.demo import Demo, DemoError, as_message, draw
+from speechllm.hub.demo import Demo, DemoError, as_message, demo_page, draw
 
 
 SPACE = Path(__file__).parents[2] / "space"
@@ -53,6 +54,26 @@ def test_leaving_ends_the_answer(demo, recordings):
     answer.close()
     alignment = demo.align(str(recordings / "good.wav"), "abc")  # waits until the model is free
     assert len(so_far) < 50 and alignment.tokens == ["a", "b", "c"]
+
+
+def test_what_was_superseded_or_stopped_while_it_waited_is_not_answered(demo, recordings):
+    """What waits for the model reads the last request, and its other inputs as they were when it was asked."""
+    page = {function.name: function for function in demo_page(demo, "tiny").fns.values()}
+    assert [page[name].trigger_mode for name in ("begin", "answer", "end")] == ["multiple"] * 3  # no click is ignored
+    begin, answer, end = (page[name].fn for name in ("begin", "answer", "end"))
+
+    def asked(request, number, question):
+        return list(answer(request, number, str(recordings / "good.wav"), "Ask a question", "", question))
+
+    first, one = asyncio.run(begin(None))
+    second, two = asyncio.run(begin(first))
+    assert first.ended and not second.ended
+    assert asked(second, one, "Who?") == []
+    assert len(asked(second, two, "Where?")) > 3
+    assert asked(second, two, "Where?") == []  # of two clicks in one instant
+    third, three = asyncio.run(begin(second))
+    asyncio.run(end(third))
+    assert asked(third, three, "When?") == []
 
 
 def test_failure_of_the_model_is_told_and_frees_it(demo, recordings, monkeypatch):

@@ -1,5 +1,6 @@
 """The batcher: what concurrent prompts get is what each gets alone, and nothing keeps generating for nobody."""
 
+import gc
 import threading
 import time
 import weakref
@@ -156,8 +157,13 @@ def test_a_failed_batch_leaves_no_tensors_behind(parts, batcher, monkeypatch):
     failed = job(parts[2], 1)
     batcher.submit(failed)
     wait([failed])
-    time.sleep(0.1)
     assert str(failed.error) == "out of memory" and alive[0]() is None
+    waits, until = weakref.ref(failed), time.monotonic() + 30
+    del failed
+    while waits() is not None and time.monotonic() < until:  # nor the batch itself, while the next is waited for
+        gc.collect()
+        time.sleep(0.01)
+    assert waits() is None
 
 
 def test_a_batch_fits_the_context(parts):

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import logging
+import math
 import re
 import signal
 import socket
@@ -20,6 +21,7 @@ import openai
 import pytest
 import soundfile
 import uvicorn
+from starlette.testclient import TestClient
 from tiny import tone
 
 from speechllm.serving.app import LOOPBACK, Limits, Service
@@ -174,21 +176,49 @@ def test_long_audio_is_transcribed_in_pieces(client, server):
 
 def test_a_muted_stretch_is_transcribed_as_nothing(client):
     """And costs nobody else's request, though its pieces share batches."""
-    samples = np.concatenate([tone(1.0), np.zeros(46_000, np.float32), tone(1.0, seed=1)])
-    file = io.BytesIO()
-    soundfile.write(file, samples, 16_000, format="WAV")
-    verbose = client.audio.transcriptions.create(
-        model=NAME, file=("meeting.wav", file.getvalue()), response_format="verbose_json"
-    )
-    texts = [segment.text for segment in verbose.segments]
-    assert "" in texts and texts[0] and texts[-1] and verbose.text == " ".join(filter(None, texts))
+
+    def transcribed(middle):
+        file = io.BytesIO()
+        samples = np.concatenate([tone(1.0), middle.astype(np.float32), tone(1.0, seed=1)])
+        soundfile.write(file, samples, 16_000, format="WAV")
+        name = ("meeting.wav", file.getvalue())
+        return client.audio.transcriptions.create(model=NAME, file=name, response_format="verbose_json")
+
+    with ThreadPoolExecutor(2) as pool:
+        other = pool.submit(transcribed, tone(2.8, seed=2))
+        muted = transcribed(np.zeros(46_000))
+    texts = [segment.text for segment in muted.segments]
+    assert "" in texts and texts[0] and texts[-1] and muted.text == " ".join(filter(None, texts))
+    assert all(segment.text for segment in other.result().segments)
+    square = transcribed(0.3 * np.sign(np.sin(np.arange(46_000) / 20)))  # of which one would say that it is clipped
+    assert all(segment.text for segment in square.segments)
+
+
+def test_the_batcher_is_told_the_context_and_the_prompts_lengths(parts, monkeypatch):
+    service = Service(parts[1], parts[2], NAME, Limits(), max_batch_size=8, max_wait=0.01)
+    jobs, submit = [], service.batcher.submit
+    monkeypatch.setattr(service.batcher, "submit", lambda *some: (jobs.extend(some), submit(*some)))
+    client = TestClient(service.app(["testserver"]))
+    answer = client.post("/v1/chat/completions", json={"model": NAME, "messages": chat(), "max_tokens": 2}).json()
+    client.post("/v1/audio/transcriptions", data={"model": NAME}, files={"file": ("a.wav", encoded())})
+    service.batcher.close()
+    assert jobs[0].prompt_tokens == answer["usage"]["prompt_tokens"] and jobs[1].prompt_tokens > 0
+    assert service.context == 100_000 and service.batcher.context == math.inf  # rotary positions have no end
+    monkeypatch.setattr(parts[1].config.text_config, "rope_parameters", None)
+    learned = Service(parts[1], parts[2], NAME, Limits(), max_batch_size=8, max_wait=0.01)
+    learned.batcher.close()
+    assert learned.batcher.context == 100_000
 
 
 def test_extreme_sampling_is_greedy_or_nearly(client):
     def ask(**options):
         return client.chat.completions.create(model=NAME, messages=chat(), max_tokens=6, **options).choices[0].message
 
+    def transcribe(**options):
+        return client.audio.transcriptions.create(model=NAME, file=("a.wav", encoded()), **options).text
+
     assert ask(temperature=1e-40).content == ask().content
+    assert transcribe(temperature=1e-40) == transcribe()
     assert ask(temperature=1.0, top_p=0).content
 
 
@@ -248,7 +278,7 @@ GOOD = {"model": NAME, "messages": [{"role": "user", "content": "Hi"}], "max_tok
         ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages[0].content must be valid Unicode"),
         ({"messages": part(type="text", text="long " * 25_000)}, 400, "context_length_exceeded"),
         ({"messages": chat(encoded(5.2))}, 413, "longer than 5 seconds"),
-        ({"messages": chat(encoded(3.0)) + chat(encoded(3.0))}, 413, "longer than"),
+        ({"messages": chat(encoded(3.0)) + chat(encoded(3.0))}, 413, "more than 5 seconds of audio, the limit here"),
         ({"messages": chat(encoded(0.5)) * 17}, 400, "up to 16"),
         ({"max_tokens": 0}, 400, "max_tokens"),
         ({"max_tokens": 1.5}, 400, "max_tokens"),
