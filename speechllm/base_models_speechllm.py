@@ -3,7 +3,8 @@
 A projector-only checkpoint names its speech encoder and its LLM by repository id or folder and pins each to a revision:
 a commit, or a fingerprint of a folder's weights. Loading goes through Transformers' own loaders, so every renaming or
 fusing that a base model needs happens, and raises a `CheckpointError` if a weight is missing or is not the pinned one.
-Only safetensors are read: opening a pickled `.bin` can run any code, so it is refused with the way to convert it.
+Only safetensors are read: opening a pickled `.bin` can run any code. Of a repository that has no others, the Hub's own
+conversion is taken where there is one; else it is refused with the way to convert it.
 """
 
 import copy
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, is_offline_mode, try_to_load_from_cache
+from huggingface_hub import _CACHED_NO_EXIST, HfApi, hf_hub_download, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,
@@ -27,17 +28,21 @@ from safetensors import SafetensorError
 from transformers import AddedToken, AutoModel, AutoModelForCausalLM, GenerationConfig
 from transformers.models.whisper.modeling_whisper import WhisperModel
 from transformers.quantizers import AutoQuantizationConfig
-from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME, logging
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .configuration_speechllm import AUDIO_TOKEN, SpeechLLMConfig
 
+
+logger = logging.get_logger(__name__)
 
 SAMPLED_BYTES = 1 << 16  # of each end of a tensor, for the fingerprint of a folder
 # What is missing or reshaped is ours to refuse, by name.
 LOADING = {"output_loading_info": True, "use_safetensors": True, "ignore_mismatched_sizes": True}
 # SpecAugment's mask vector is used in training only and is absent from many encoders' checkpoints.
 UNUSED_IN_EVALUATION = "masked_spec_embed"
+CONVERTER = "SFconvertbot"  # the Hub's account that offers repositories their pickled weights as safetensors
+CONVERSION = "https://huggingface.co/spaces/safetensors/convert"  # where it is asked to
 
 
 class CheckpointError(OSError):
@@ -61,7 +66,7 @@ def explained(what: str, remedy: str, weights_of: str | os.PathLike | None = Non
             with suppress(OSError, ValueError):  # a place that cannot be looked at is what the loader complains of
                 found = pickled_only(weights_of, **hub)
         if found:
-            raise CheckpointError(_way_to_convert(what, found)) from error
+            raise CheckpointError(_way_to_convert(weights_of, what, found)) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"Cannot load {what}: {reason} {remedy}".strip()) from error
 
@@ -123,16 +128,18 @@ def refuse_pickled(model: str | os.PathLike, what: str, *names: str, **hub: Any)
         CheckpointError: which says how to convert them.
     """
     if found := pickled_only(model, *names, **hub):
-        raise CheckpointError(_way_to_convert(what, found))
+        raise CheckpointError(_way_to_convert(model, what, found))
 
 
-def _way_to_convert(what: str, found: str) -> str:
+def _way_to_convert(model: str | os.PathLike, what: str, found: str) -> str:
     stem = found.removesuffix(".index.json").removesuffix(".bin")
+    ask = "" if os.path.isdir(model) else f"The Hub converts them on request: {CONVERSION}. Or download them. "
     return (
         f"Cannot load {what}: its weights ({found}) are pickled, and opening them can run any code; only safetensors are "
-        "read. If you trust their origin, convert them in their folder once: safetensors.torch.save_file({name: tensor."
-        f"contiguous().clone() for file in glob.glob('{stem}*.bin') for name, tensor in torch.load(file, weights_only="
-        f"True).items()}}, '{stem.replace('pytorch_model', 'model')}.safetensors', metadata={{'format': 'pt'}})"
+        f"read. {ask}If you trust their origin, convert them in their folder once: "
+        "safetensors.torch.save_file({name: tensor.contiguous().clone() for file in "
+        f"glob.glob('{stem}*.bin') for name, tensor in torch.load(file, weights_only=True).items()}}, "
+        f"'{stem.replace('pytorch_model', 'model')}.safetensors', metadata={{'format': 'pt'}})"
     )
 
 
@@ -157,11 +164,13 @@ def keep_unquantized(quantization_config: Any) -> Any:
 
 
 def pin_revision(model_id: str, revision: str | None) -> str | None:
-    """The commit that a repository's revision stands for, or a fingerprint of a local folder's weights: a hash of each
-    safetensors file's name, size and header, and of both ends of each of its tensors. (Training or merging an adapter
-    changes whole tensors; hashing all of a large model would take longer than loading it.)"""
+    """The commit that a repository's revision stands for (where its weights are pickled, that of their conversion), or a
+    fingerprint of a local folder's weights: a hash of each safetensors file's name, size and header, and of both ends of
+    each of its tensors. (Training or merging an adapter changes whole tensors; hashing all of a large model would take
+    longer than loading it.)"""
     if not os.path.isdir(model_id):
-        return extract_commit_hash(cached_file(model_id, "config.json", revision=revision), None)
+        commit = extract_commit_hash(cached_file(model_id, "config.json", revision=revision), None)
+        return converted_commit(model_id, commit) or commit
     digest = hashlib.sha256()
     for path in sorted(Path(model_id).glob("*.safetensors")):
         size = path.stat().st_size
@@ -176,6 +185,28 @@ def pin_revision(model_id: str, revision: str | None) -> str | None:
                     file.seek(position)
                     digest.update(file.read(min(SAMPLED_BYTES, end - position)))
     return "sha256:" + digest.hexdigest()
+
+
+def converted_commit(model_id: str, commit: str) -> str | None:
+    """Of a repository with pickled weights alone, the commit at which the Hub's converter offers these very weights as
+    safetensors, in a pull request of its own; `None` if there is none, or nobody can tell."""
+    if is_offline_mode():
+        return None
+    hub = HfApi()
+
+    def weights(revision: str, ending: str) -> dict[str, str]:
+        files = hub.list_repo_tree(model_id, revision=revision)
+        return {file.path: file.blob_id for file in files if file.path.endswith(ending)}
+
+    with suppress(HfHubHTTPError, HTTPError, OSError):  # a mirror, say, which has no pull requests
+        if weights(commit, ".safetensors") or not (pickled := weights(commit, ".bin")):
+            return None
+        for request in hub.get_repo_discussions(model_id, author=CONVERTER, discussion_type="pull_request"):
+            offered = hub.model_info(model_id, revision=request.git_reference).sha
+            if request.author == CONVERTER and weights(offered, ".bin") == pickled and weights(offered, ".safetensors"):
+                logger.warning("%s has pickled weights alone; its conversion %s is used.", model_id, request.url)
+                return offered
+    return None
 
 
 def base_weights(config: SpeechLLMConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:

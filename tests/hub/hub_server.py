@@ -11,9 +11,10 @@ import json
 import re
 import threading
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
@@ -23,12 +24,21 @@ REPO = r"(?P<repo>(datasets/)?[\w.-]+/[\w.-]+)"
 API = rf"/api/(models/)?{REPO}"
 
 
+@dataclass
+class Discussion:
+    """A pull request; its commits are on the branch `refs/pr/<num>`."""
+
+    num: int
+    author: str
+
+
 class Repository:
     def __init__(self, private: bool = False):
         self.private = private
         self.commits: dict[str, dict[str, bytes]] = {}  # commit -> path -> content
         self.messages: list[str] = []
         self.branches: dict[str, str] = {}
+        self.discussions: list[Discussion] = []
         self.commit({}, "initial commit", "main")
 
     def commit(self, files: dict[str, bytes], message: str, branch: str) -> str:
@@ -171,6 +181,23 @@ class Handler(BaseHTTPRequestHandler):
             "cardData": yaml.safe_load(card.group(1)) if card else None,
         })  # fmt: skip
 
+    def discussions(self, body, repo):
+        wanted = parse_qs(urlsplit(self.path).query).get("author", [None])[0]
+        found = [one for one in self.repository(repo).discussions if wanted in (None, one.author)]
+        listed = [
+            {
+                "num": one.num,
+                "title": "Adding `safetensors` variant of this model",
+                "author": {"name": one.author},
+                "createdAt": "2026-01-01T00:00:00.000Z",
+                "status": "open",
+                "repo": {"name": repo, "type": "model"},
+                "isPullRequest": True,
+            }
+            for one in found
+        ]
+        self.answer({"discussions": listed, "count": len(listed), "start": 0})
+
     def tree(self, body, repo, revision, folder=""):
         _, files = self.files(repo, revision)
         found = [
@@ -205,7 +232,8 @@ class Handler(BaseHTTPRequestHandler):
         ("POST", rf"{API}/commit/(?P<revision>[^/]+)", commit),
         ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", large_file_batch),
         ("PUT", r"/large-files/(?P<oid>\w+)", large_file),
-        ("GET", rf"{API}(/revision/(?P<revision>[^/]+))?", info),
+        ("GET", rf"{API}(/revision/(?P<revision>refs/pr/\d+|[^/]+))?", info),
+        ("GET", rf"{API}/discussions", discussions),
         ("GET", rf"{API}/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?", tree),
         ("GET", rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", resolve),
     )
