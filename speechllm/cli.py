@@ -299,6 +299,8 @@ def reproduce(arguments: list[str]) -> None:
     from .reproduction.command import reproduce as run
 
     settings = {name: getattr(options, f"comet_{name}") for name in ("python", "model", "gpus")}
+    if not options.comet and (unused := [name for name, value in settings.items() if value is not None]):
+        raise UsageError(f"--comet-{unused[0]} says how --comet is done. Add --comet, or leave it out.")
     complete = run(
         options.scale,
         Path(options.output),

@@ -22,7 +22,18 @@ import soundfile
 
 from ..audio_speechllm import AudioError, load_audio, read_bytes
 from .prompts import prompt_of
-from .schema import LISTS, TEXTS, ManifestError, Row, SetAside, audio_paths, gender_pairs, with_ids, with_target
+from .schema import (
+    LISTS,
+    TEXTS,
+    ManifestError,
+    Row,
+    SetAside,
+    audio_paths,
+    gender_pairs,
+    not_utf8,
+    with_ids,
+    with_target,
+)
 
 
 THREADS = 8  # that read headers and decode audio; soundfile does both outside of Python's lock
@@ -73,14 +84,14 @@ def counted(set_aside: Iterable[SetAside]) -> list[str]:
     ]
 
 
-def check_rows(rows: Iterable[Row | SetAside], name: str, strict: bool = False, answers: bool = True) -> Loaded:
+def check_rows(rows: Iterable[Row | SetAside], name: str, strict: bool = False, for_training: bool = True) -> Loaded:
     """The usable rows and the rest.
 
     Args:
         rows: as a corpus function gives them.
         name: of the source, for messages.
         strict: stop at what cannot be used.
-        answers: whether a row needs an answer to be used.
+        for_training: whether a row needs a prompt and an answer to be used.
 
     Raises:
         ManifestError: if nothing can be used; in strict mode, if anything cannot.
@@ -90,7 +101,7 @@ def check_rows(rows: Iterable[Row | SetAside], name: str, strict: bool = False, 
         item = (
             row
             if isinstance(row, SetAside)
-            else problem(row := with_target(row), f"{name}, row {number}", known, answers)
+            else problem(row := with_target(row), f"{name}, row {number}", known, for_training)
         )
         if item is None and row.get("id") not in (None, ""):
             key = (str(row["id"]), *(str(row.get(part)) for part in ("task", "target_language", "question", "trait")))
@@ -110,16 +121,18 @@ def check_rows(rows: Iterable[Row | SetAside], name: str, strict: bool = False, 
     return Loaded(with_ids(loaded.rows), loaded.set_aside)
 
 
-def problem(row: Row, name: str, known: dict[str, str | None], answers: bool = True) -> SetAside | None:
+def problem(row: Row, name: str, known: dict[str, str | None], for_training: bool = True) -> SetAside | None:
     """Why a row cannot be used as far as can be said without decoding its audio.
 
     Args:
         name: of a row that has no id.
         known: file -> what is wrong with it, filled here: long recordings have many rows.
-        answers: whether the row needs an answer.
+        for_training: whether the row needs a prompt and an answer.
     """
     name = str(row.get("id") or name)
     audio = row.get("audio")
+    if any(map(not_utf8, [name, *audio_paths(audio)])):  # which no manifest could name
+        return SetAside(repr(name), f"{name!r} has a name that is not UTF-8. Rename the file.", "name is not UTF-8")
     if audio is None or (isinstance(audio, str | dict) and not audio):
         return SetAside(name, f"{name} has no `audio`. Give it one.", "no audio")
     for path in audio_paths(audio):
@@ -129,10 +142,12 @@ def problem(row: Row, name: str, known: dict[str, str | None], answers: bool = T
             return SetAside(name, f"{name}: {path} {known[path]}", f"audio file {known[path].partition('.')[0]}")
     if reason := malformed({**row, "id": name}):
         return SetAside(name, reason, "malformed row")
+    if not for_training:
+        return None
     task = row.get("task") or "asr"
-    if answers and task == "asr" and not _filled(row.get("target")) and not _filled(row.get("text")):
+    if task == "asr" and not _filled(row.get("target")) and not _filled(row.get("text")):
         return SetAside(name, f"{name} has an empty transcript. Write what is said, or remove it.", "empty transcript")
-    if answers and task != "asr" and not _filled(row.get("target")):
+    if task != "asr" and not _filled(row.get("target")):
         reason = f"{name}: task {task!r} needs the reference answer as `target`. Add it, or remove the row."
         return SetAside(name, reason, "reference missing")
     try:

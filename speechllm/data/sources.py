@@ -87,7 +87,7 @@ def load_source(
     minimum_seconds: float | None = None,
     maximum_seconds: float | None = None,
     seed: int = 0,
-    answers: bool = True,
+    for_training: bool = True,
 ) -> Loaded:
     """The rows of a source, and what of it cannot be used.
 
@@ -97,17 +97,17 @@ def load_source(
         columns, minimum_seconds, maximum_seconds: where the spec does not say otherwise. With a limit, durations that
             the corpus does not tell are read from the headers of the audio files.
         seed: of the fraction.
-        answers: whether rows without an answer to learn, or to score by, are set aside.
+        for_training: whether rows without a prompt, or without an answer to learn, are set aside.
 
     Raises:
         ManifestError: if there is no such source, it is malformed as a whole, or nothing of it can be used; in strict
             mode, if anything cannot.
     """
     source = parse_spec(spec, columns, minimum_seconds, maximum_seconds)
-    loaded = check_rows(open_source(source), source.spec, strict, answers)
+    loaded = check_rows(open_source(source), source.spec, strict, for_training)
     limited = source.minimum_seconds is not None or source.maximum_seconds is not None
     for look in [with_durations] * limited + [decodable] * strict:
-        again = check_rows(look(loaded.rows), source.spec, strict, answers)
+        again = check_rows(look(loaded.rows), source.spec, strict, for_training)
         loaded = Loaded(again.rows, loaded.set_aside + again.set_aside)
     rows = [row for row in loaded.rows if within_limits(row, source.minimum_seconds, source.maximum_seconds)]
     if not rows:

@@ -21,7 +21,10 @@ from .metrics.normalisation import normaliser
 
 
 # What says nothing without another option.
-NEEDED = {"alignment_layers": "alignment", "prefix": "alignment", "comet_model": "comet", "comet_gpus": "comet"}
+NEEDED = {
+    **dict.fromkeys(("alignment_layers", "prefix"), "alignment"),
+    **dict.fromkeys(("comet_python", "comet_model", "comet_gpus"), "comet"),
+}
 
 
 @dataclass
@@ -130,7 +133,7 @@ def run_evaluation(settings: EvaluationArguments) -> dict[str, Any]:
         comet = {"python": settings.comet_python, "model": settings.comet_model, "gpus": settings.comet_gpus}
     rows, set_aside = [], []
     for source in read_specs(settings.data):
-        loaded = load_source(source, settings.strict, answers=False)
+        loaded = load_source(source, settings.strict, for_training=False)
         rows += loaded.rows
         set_aside += loaded.set_aside
     options = {"dtype": getattr(torch, settings.dtype)} if settings.dtype else {}

@@ -143,6 +143,10 @@ def evaluate_model(
     except ValueError as error:
         raise EvaluationError(str(error)) from None
     if comet is not None:
+        if not any(task_of(row) == "st" and is_scored(row) and row.get("text") for row in request.rows):
+            raise EvaluationError(
+                "COMET needs translations (task st) with reference and transcript; the data has none."
+            )
         find_environment(comet.get("python"))
     layers = "all" if alignment is True else alignment
     pairs = _distinct_recordings(request.rows) if alignment else []
@@ -238,6 +242,8 @@ def _request(rows: list[Row], tasks: list[str] | None, prompts: dict[str, str], 
         raise EvaluationError(
             f"No row is of the task {', '.join(map(repr, missing))}; the data has {', '.join(present) or 'no rows'}."
         )
+    if tasks and (unused := sorted(prompts.keys() - set(tasks))):
+        raise EvaluationError(f"There is a prompt for {unused[0]!r}, which is not among the tasks {', '.join(tasks)}.")
     rows = [row for row in rows if tasks is None or task_of(row) in tasks]
     given = Counter(str(row["id"]) for row in rows if row.get("id") not in (None, ""))
     request = Request([], duplicates=[name for name, count in given.items() if count > 1])

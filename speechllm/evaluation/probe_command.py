@@ -61,7 +61,7 @@ class ProbeArguments:
 
 def run_probes(settings: ProbeArguments) -> dict[str, Any]:
     """Load, probe, and print a summary; returns the content of `probes.json`."""
-    loaded = load_source(settings.data, settings.strict, answers=False)
+    loaded = load_source(settings.data, settings.strict, for_training=False)
     names = [name.strip() for name in settings.labels.split(",") if name.strip()]
     splitting = {
         "seeds": settings.seeds,

@@ -88,7 +88,7 @@ def worst_first(task: str, scores: dict[str, float]) -> list[str]:
 class Baseline:
     """Another evaluation, by task and id: its `predictions`; and by id their scores by `comet_model`, if it has any."""
 
-    predictions: dict[str, dict[str, str]]
+    predictions: dict[str | None, dict[str, str]]
     comet: dict[str, float]
     comet_model: str | None
 
@@ -111,9 +111,11 @@ def read_baseline(path: str | os.PathLike) -> Baseline:
         comet_model = metrics["tasks"]["st"]["metrics"]["comet_model"]
     except (OSError, ValueError, KeyError, TypeError):
         comet_model = None
-    predictions: dict[str, dict[str, str]] = defaultdict(dict)
-    for line in lines:  # ids alone do not do: of two tasks of a recording either may have been left out here or there
-        predictions[line.get("task") or "asr"][line["id"]] = line["prediction"]
+    # Ids alone do not do: of two tasks of a recording either may have been left out here or there. A run in progress, and
+    # a file of one's own, name no tasks.
+    predictions: dict[str | None, dict[str, str]] = defaultdict(dict)
+    for line in lines:
+        predictions[line.get("task")][line["id"]] = line["prediction"]
     return Baseline(
         predictions,
         {line["id"]: line["comet"] for line in lines if line.get("comet") is not None},
@@ -125,7 +127,7 @@ def compare(
     task: str, rows: list[Row], predictions: dict[str, str], baseline: Baseline, **options: Any
 ) -> dict[str, Any]:
     """Paired tests against another run over the rows that both have: how many `utterances`, and, by metric, `tests`."""
-    others = baseline.predictions.get(task, {})
+    others = {**baseline.predictions.get(None, {}), **baseline.predictions.get(task, {})}
     common = [row for row in rows if row["id"] in others]
     try:
         tests = paired_tests(task, common, predictions, others, **options) if common else {}

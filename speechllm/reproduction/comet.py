@@ -22,9 +22,18 @@ SCORES = "comet.json"
 
 def comet_scores(folder: Path, model: str | None = None) -> dict[str, float]:
     """Row id -> score of a cell's translations; empty where they were not scored (with this model, if one is given)."""
-    path = folder / SCORES
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = _read(folder)
     return found.get("scores", {}) if model in (None, found.get("model")) else {}
+
+
+def comet_models(folders: Iterable[Path]) -> list[str]:
+    """By which models the translations of cells were scored."""
+    return sorted({found["model"] for folder in folders if (found := _read(folder))})
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / SCORES
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def score_translations(cells: Iterable[Cell], output: Path, *, model: str = MODEL, **options: Any) -> None:

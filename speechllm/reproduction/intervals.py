@@ -46,13 +46,16 @@ class Estimate:
 
 
 def estimate(values: Sequence[float], samples: np.ndarray, units: int, level: float = 0.95) -> Estimate:
-    """From the values of the seeds and the mean over seeds on bootstrap samples of the `units` of the test set."""
+    """From the values of the seeds and the mean over seeds on bootstrap samples of the `units` of the test set. Of one unit
+    nobody knows what another would give: the interval is NaN and p is 1."""
     values = np.asarray(values, dtype=float)
     count, mean = len(values), float(np.mean(values))
     of_test = float(np.var(samples, ddof=1))
     of_seeds = float(np.var(values, ddof=1)) / count if count > 1 else 0.0
     error = np.sqrt(of_seeds + of_test)
-    if error == 0:
+    if units < 2:
+        interval, p = (float("nan"), float("nan")), 1.0
+    elif error == 0:
         interval, p = (mean, mean), 1.0 if mean == 0 else 0.0
     else:
         spread = of_test**2 / max(units - 1, 1) + (of_seeds**2 / (count - 1) if count > 1 else 0.0)

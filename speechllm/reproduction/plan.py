@@ -188,11 +188,12 @@ def plan(
 
 
 def _percents(row: Row, scale: Scale, asked: Iterable[int] | None) -> set[int]:
-    """On which a row is fine-tuned: what the command asks for, else the row's own, else the scale's."""
+    """On which a row is fine-tuned: what the command asks for, else the row's own, else the scale's. The oracle, which not
+    every scale can train, never has others than its own."""
     if row.fractions == ():
         return set()
     if asked is not None:
-        return set(asked)
+        return set(asked) & set(row.fractions) if row.oracle and row.fractions else set(asked)
     return set(scale.fractions if row.fractions is None else row.fractions)
 
 

@@ -15,7 +15,7 @@ from ..evaluation import plots
 from ..evaluation.metrics.resampling import CorpusMetric
 from ..evaluation.page import inline_plot, render, strict_json, write_whole
 from .claims import Cells, claims_of, decodability, verdicts
-from .comet import comet_scores
+from .comet import comet_models, comet_scores
 from .intervals import Estimate, difference, mean_over_seeds
 from .measures import MEASURES, Measure, Prediction, metrics_of, read_predictions
 from .plan import Cell, Scale, with_starts
@@ -45,7 +45,7 @@ class Report:
         study = "" if name == "results" else f"Study {name.removeprefix('study-')}, "
         self.title = f"{study}{'s' if study else 'S'}cale {scale.name}"
         self._predictions: dict[str, list[Prediction]] = {}  # by the cell's hash
-        self._scored: dict[tuple[str, bool, frozenset[str]], dict[tuple[str, str], CorpusMetric]] = {}
+        self._scored: dict[tuple[str, frozenset, frozenset[str]], dict[tuple[str, str], CorpusMetric]] = {}
 
     def write(self) -> dict[str, Any]:
         results = strict_json(self.results())
@@ -64,11 +64,12 @@ class Report:
         found = {cell: result for cell in self.cells if (result := read_result(cell, self.output))}
         tested, left_out = self._tested_cells([cell for cell in found if cell.stage == "fine-tuning"])
         rows = list(dict.fromkeys(cell.row for cell in self.cells))
+        scored_by = [f"COMET is that of {name}." for name in comet_models(self.output / cell.name for cell in found)]
         return {
             "scale": self.scale.name,
             "title": self.title,
             "command": self.command,
-            "notes": [*self.scale.notes, *self.scale.fine_tuning_notes, *left_out],
+            "notes": [*self.scale.notes, *self.scale.fine_tuning_notes, *left_out, *_unusable(found), *scored_by],
             "cells": {"planned": len(self.cells), "there": len(found)},
             "missing": [cell.name.removeprefix("cells/") for cell in self.cells if cell not in found],
             "seeds": sorted({cell.seed for cell in found}),
@@ -94,7 +95,7 @@ class Report:
         tested: Cells = defaultdict(dict)
         for cell in cells:
             comet = comet_scores(self.output / cell.name)
-            key = (cell.hash, bool(comet), common)
+            key = (cell.hash, frozenset(comet.items()), common)
             if key not in self._scored:
                 lines = [line for line in self._predictions[cell.hash] if line["id"] in common]
                 self._scored[key] = metrics_of(lines, comet)
@@ -122,6 +123,17 @@ class Report:
                 for percent in percents
             },
         }
+
+
+def _unusable(found: Mapping[Cell, dict[str, Any]]) -> list[str]:
+    """A note on the rows that cells could not use, if there are any."""
+    most = max(found.values(), key=lambda result: result.get("set_aside", 0), default={})
+    if not most.get("set_aside"):
+        return []
+    first = most.get("set_aside_first") or "see the log"
+    return [
+        f"Up to {most['set_aside']} row(s) of a run's data could not be used and count for nothing. The first: {first}"
+    ]
 
 
 def _distinct(dictionaries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -61,6 +61,7 @@ def _trainer(folder: Path, settings_type: type, trainer_type: type, max_steps: i
     train, held_out = data.load()
     model, processor = load_model(model_settings, settings)
     trainer = trainer_type(model, settings, train, held_out, processor)
+    trainer.set_aside = {item.id: item for item in data.set_aside} | trainer.set_aside
     return _quiet(trainer)
 
 
@@ -69,6 +70,12 @@ def _quiet(trainer: SpeechLLMTrainer) -> SpeechLLMTrainer:
         trainer.remove_callback(callback)
     trainer.add_callback(GiveMemoryBack)
     return trainer
+
+
+def _unusable(trainer: SpeechLLMTrainer) -> dict[str, Any]:
+    """How many rows of training and test could not be used, and why the first could not."""
+    reasons = [item.reason for item in trainer.set_aside.values()]
+    return {"set_aside": len(reasons), "set_aside_first": reasons[0] if reasons else None}
 
 
 def _trained(trainer: SpeechLLMTrainer, max_steps: int | None) -> dict[str, Any]:
@@ -82,7 +89,6 @@ def _trained(trainer: SpeechLLMTrainer, max_steps: int | None) -> dict[str, Any]
         "llm_tokens": trainer.llm_tokens if max_steps != 0 else 0,  # what was to be learned from may be cached already
         "train_rows": len(trainer.train_rows),
         "trainable_parameters": sum(p.numel() for p in trainer.speechllm.parameters() if p.requires_grad),
-        "set_aside": len(trainer.set_aside),
         "history": [
             {name: value for name, value in log.items() if name == "step" or name.startswith("loss")}
             for log in trainer.state.log_history
@@ -103,7 +109,7 @@ def _pretrain(cell: Cell, folder: Path) -> dict[str, Any]:
         result["own_retrieval"] = {"similarity": trainer.args.similarity, **retrieval(trainer, trainer.args.similarity)}
     trainer.speechllm.save_pretrained(folder / MODEL, kind="projector")
     trainer.processing_class.save_pretrained(folder / MODEL)
-    return result
+    return {**result, **_unusable(trainer)}
 
 
 def retrieval(trainer: ContrastiveTrainer, similarity: str = "cosine") -> dict[str, Any]:
@@ -154,7 +160,8 @@ def _fine_tune(cell: Cell, folder: Path) -> dict[str, Any]:
         predictions = predict(trainer)
     lines = [json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions]
     (folder / PREDICTIONS).write_text("".join(lines), encoding="utf-8")
-    return {**result, "test_rows": len(predictions), "test_seconds": cost.measured["seconds"]}
+    tested = {"test_rows": len(predictions), "test_seconds": cost.measured["seconds"]}
+    return {**result, **tested, **_unusable(trainer)}
 
 
 def predict(trainer: FineTuningTrainer) -> list[dict[str, Any]]:
@@ -174,7 +181,7 @@ def predict(trainer: FineTuningTrainer) -> list[dict[str, Any]]:
         {
             "id": row["id"],
             "task": row.get("task", "asr"),
-            "speech": str(row.get("passage_id") or next(iter(audio_paths(row["audio"])), row["id"])),
+            "speech": str(row.get("passage_id") or _recording(row)),
             **{name: row[name] for name in KEPT if name in row},
             "prediction": answers.get(row["id"], ""),
             "loss": losses[row["id"]][0],
@@ -183,6 +190,14 @@ def predict(trainer: FineTuningTrainer) -> list[dict[str, Any]]:
         for row in trainer.eval_rows
         if row["id"] in losses
     ]
+
+
+def _recording(row: Row) -> str:
+    """Its file, or its place in a shard; the row's own name where it is in memory. Segments of a file are one recording."""
+    audio = row["audio"]
+    path = next(iter(audio_paths(audio)), row["id"])
+    start = audio.get("byte_offset") if isinstance(audio, dict) else None
+    return path if start is None else f"{path} {start}"
 
 
 @torch.no_grad()

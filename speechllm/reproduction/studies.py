@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from ..recipes import UsageError
 from .data import LANGUAGES_ENGLISH, LANGUAGES_OWN, languages_test
 from .plan import Row, Scale, Settings
+from .scales import ONE_SEED
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def scale_of(scale: Scale, name: str) -> Scale:
         rows=tuple(rows),
         fractions=study.fractions,
         seeds=study.seeds,
-        notes=(study.question, "One seed: intervals and tests know the test set alone."),
+        notes=(study.question, ONE_SEED),
         fine_tuning_notes=scale.fine_tuning_notes if any(row.fractions != () for row in rows) else (),
     )
 

@@ -214,13 +214,17 @@ def _fine_tuned(results: Results, title: str, measures: list[Measure], note: str
 def _value(entry: Mapping[str, Any] | None, measure: Measure) -> str:
     if entry is None:
         return ""
-    low, high = entry["interval"]
-    text = f"{entry['value']:.{measure.digits}f} [{low:.{measure.digits}f}, {high:.{measure.digits}f}]"
+    low, high = (_number(end, measure.digits) for end in entry["interval"])
+    text = f"{entry['value']:.{measure.digits}f} [{low}, {high}]"
     for baseline, mark in MARKS.items():
         change = entry.get(f"against_{baseline}")
         if change and change["p"] is not None and change["p"] < 0.05:
             text += (" ↑" if (change["value"] > 0) == measure.higher_is_better else " ↓") + mark
     return text
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "?" if value is None else f"{value:.{digits}f}"
 
 
 def _comparisons(claim: Mapping[str, Any]) -> list[Table]:
@@ -237,7 +241,7 @@ def _comparisons(claim: Mapping[str, Any]) -> list[Table]:
         for part in verdict["comparisons"]:
             measure = next(m for m in MEASURES if (m.task, m.metric) == (part["task"], part["metric"]))
             numbers = [part["improvement"], *part["interval"], *part["improvement_of_seeds"]]
-            value, low, high, *seeds = (f"{number:.{measure.digits}f}" for number in numbers)
+            value, low, high, *seeds = (_number(number, measure.digits) for number in numbers)
             table.lines.append(
                 [part["comparison"], f"{value} {measure.label.partition(' ')[2]}", f"{low} to {high}", ", ".join(seeds),
                  f"{part['adjusted_p']:.3f}", part["verdict"]]

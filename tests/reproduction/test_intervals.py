@@ -50,6 +50,11 @@ def test_one_seed_knows_the_test_set_alone():
     assert np.isnan(found.error_of_seeds) and found.interval[0] < 0.5 < found.interval[1]
 
 
+def test_of_one_unit_nothing_is_sure():
+    found = estimate([0.2, 0.3], np.array([0.25] * 100), units=1)
+    assert found.value == 0.25 and np.isnan(found.interval).all() and found.p == 1
+
+
 def test_paired_difference_is_surer_than_two_means():
     generator = np.random.default_rng(2)
     hard = generator.normal(0, 5, 100)  # utterances differ much more than systems do

@@ -12,7 +12,7 @@ import pytest
 import soundfile
 import yaml
 from evaluation.test_metrics_comet import python as comet_python  # noqa: F401 (a fixture)
-from tiny_training import save_base_models, tiny_rows
+from tiny_training import fine_tuning, save_base_models, tiny_rows
 
 from speechllm.evaluation.metrics.comet import CometUnavailable
 from speechllm.recipes import UsageError, parse_settings
@@ -23,7 +23,7 @@ from speechllm.reproduction.plan import Row, Scale, digest, plan
 from speechllm.reproduction.report import Report
 from speechllm.reproduction.run import Runner, read_result
 from speechllm.reproduction.scales import SCALES
-from speechllm.reproduction.stages import run_cell
+from speechllm.reproduction.stages import predict, run_cell
 from speechllm.reproduction.studies import STUDIES, scale_of
 from speechllm.trainers import ContrastiveArguments, FineTuningArguments
 from speechllm.training import DataArguments, ModelArguments
@@ -303,7 +303,54 @@ def test_a_recording_that_breaks_does_not_cost_the_cell(world, tmp_path):
     assert [found[row]["test_rows"] for row in ("none", "oracle")] == [7, 8]  # the oracle reads it
     results = Report(scale, cells, tmp_path, "command").results()  # of what both answered, to be paired
     assert results["units"] == {"asr": 1, "st": 2, "sqa": 2, "traits": 2}
-    assert "1 test row(s) that not every model answered" in results["notes"][-1]
+    assert "1 test row(s) that not every model answered" in results["notes"][-2]
+    assert "Up to 1 row(s) of a run's data could not be used" in results["notes"][-1]
+    assert "broken.wav" in results["notes"][-1]
+
+
+def test_rows_that_are_not_there_are_counted(world, tmp_path):
+    lines = (world / "test.jsonl").read_text().replace('"audio": "', f'"audio": "{world}/')
+    gone = json.loads(lines.splitlines()[0]) | {"id": "gone", "audio": "gone.wav"}
+    (tmp_path / "test.jsonl").write_text(lines + json.dumps(gone) + "\n")
+    scale = replace(SCALE, fine_tuning={"eval_data": str(tmp_path / "test.jsonl")})
+    cells = cells_of(world, ["none"], fractions=(0,), scale=scale)
+    assert Runner(cells, tmp_path).run()
+    assert read_result(cells[1], tmp_path)["set_aside"] == 1
+    notes = Report(scale, cells, tmp_path, "command").results()["notes"]
+    assert "Up to 1 row(s)" in notes[-1] and "gone" in notes[-1]
+
+
+def test_recordings_are_units_of_their_own(tmp_path):
+    """Files of one name in two folders, and the members of a shard; segments of one file are one."""
+    rows = tiny_rows(6)
+    for row, folder in zip(rows, "ab"):
+        (tmp_path / folder).mkdir()
+        soundfile.write(tmp_path / folder / "1.wav", row["audio"], 16_000)
+        row["audio"] = str(tmp_path / folder / "1.wav")
+    shard, files = tmp_path / "shard.tar", [(tmp_path / folder / "1.wav").read_bytes() for folder in "ab"]
+    shard.write_bytes(b"".join(files))
+    for row, start, file in zip(rows[2:], (0, len(files[0])), files):
+        row["audio"] = {"path": str(shard), "byte_offset": start, "byte_length": len(file)}
+    for row, offset in zip(rows[4:], (0.0, 0.1)):
+        row["audio"] = {"path": str(tmp_path / "a" / "1.wav"), "offset": offset, "duration": 0.1}
+    units = [line["speech"] for line in predict(fine_tuning(tmp_path, held_out=rows, max_new_tokens=2))]
+    assert len(set(units)) == 4 and units[0] == units[4] == units[5]
+
+
+def threads_of(cell, output):
+    return {"threads": [os.environ[name] for name in THREADS]}
+
+
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def test_a_worker_keeps_to_its_share(world, tmp_path, monkeypatch):
+    for name in THREADS:
+        monkeypatch.setenv(name, "7")
+    monkeypatch.setattr("torch.get_num_threads", lambda: 6)
+    cells = cells_of(world, ["none"])
+    assert Runner(cells, tmp_path, run=threads_of, jobs=2).run()
+    assert read_result(cells[0], tmp_path)["threads"] == ["3"] * 3
 
 
 def test_a_report_that_fails_does_not_cost_the_cells(world, tmp_path, capsys):
@@ -316,6 +363,12 @@ def test_a_report_that_fails_does_not_cost_the_cells(world, tmp_path, capsys):
 
     assert Runner(cells, tmp_path, report, run=lambda cell, output: {}).run()
     assert len(written) == 4 and "could not be written: ValueError: out of ink" in capsys.readouterr().out
+
+    def dry():
+        raise ValueError("out of ink")
+
+    with pytest.raises(ValueError, match="out of ink"):  # the last one is what was asked for
+        Runner(cells, tmp_path, dry, run=lambda cell, output: {}).run()
 
 
 def test_predictions_may_hold_any_line_break(tmp_path):
@@ -378,6 +431,7 @@ def test_probed_row(world, tmp_path):
     found = read_result(cells[1], tmp_path)["probes"]["gender"]
     assert found["metric"] == "accuracy" and all(0 <= place["value"] <= 1 for place in found["places"].values())
     text = (tmp_path / "study-traits.md").read_text()
+    assert text.startswith("# Study traits, scale test\n")
     assert "## Probes: gender" in text and "Told better than by guessing (interval above 0): none: " in text
 
 
@@ -402,6 +456,8 @@ def test_studies_can_be_planned(scale, name, tmp_path):
         return
     study = scale_of(SCALES[scale], name)
     cells = plan(study, RECIPES)
+    tuned = any(cell.stage == "fine-tuning" for cell in cells)
+    assert study.fine_tuning_notes == (SCALES[scale].fine_tuning_notes if tuned else ())
     assert len({cell.hash for cell in cells}) == len(cells)  # nothing is compared with itself
     assert {cell.row for cell in cells} >= {*STUDIES[name].rows, *(v.name for v in STUDIES[name].variants)} - {
         variant.name for variant in STUDIES[name].variants if variant.fine_tuning is not None
@@ -460,7 +516,14 @@ def test_comet_scores_translations_when_all_is_run(world, finished, tmp_path, co
             ]
             assert cell["measures"]["st comet"]["value"] == pytest.approx(100 * sum(scores) / len(scores))
             assert min(scores) >= 2  # the stand-in adds the number of GPUs
-    assert "ST COMET" in (output / "results.md").read_text()
+    text = (output / "results.md").read_text()
+    assert "ST COMET" in text and f"COMET is that of {tmp_path / 'model.ckpt'}." in text
+    (tmp_path / "other.ckpt").touch()
+    reproduce("test", output, comet={**comet, "model": str(tmp_path / "other.ckpt"), "gpus": 5}, **options)
+    again = json.loads((output / "results.json").read_text())["rows"]["none"]["fine_tuning"]["100"]["measures"]
+    assert again["st comet"]["value"] > report["rows"]["none"]["fine_tuning"]["100"]["measures"]["st comet"]["value"]
+    reproduce("test", output, comet=comet, **options)
+    capsys.readouterr()
     reproduce("test", output, comet=comet, **options)
     assert "nothing new to read" in capsys.readouterr().out  # they have their scores
     (output / "results.md").unlink()
@@ -498,6 +561,13 @@ def test_tables_of_what_was_never_planned_are_left_out(finished, tmp_path):
     (tmp_path / "run" / pretraining[0].name).rename(tmp_path / "elsewhere")
     Report(SCALE, pretraining, tmp_path / "run", command="speechllm reproduce").write()
     assert "Not run yet." in (tmp_path / "run" / "results.md").read_text()
+
+
+def test_an_oracle_is_trained_at_no_fraction_but_its_own():
+    """Where only the projector is trained, there is nothing of it to train."""
+    cells = plan(SCALES["paper"], RECIPES, fractions=(100, 0))
+    assert {cell.percent for cell in cells if cell.oracle} == {0}
+    assert {cell.percent for cell in cells if cell.row == "none" and cell.stage == "fine-tuning"} == {100, 0}
 
 
 def test_unknown_study(tmp_path):

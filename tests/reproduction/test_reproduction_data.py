@@ -1,13 +1,18 @@
 """Fractions, mixtures and test rows of the reproduction's data, on rows without recordings behind them."""
 
+import json
+import os
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
 
+from speechllm.recipes import UsageError
 from speechllm.reproduction import data
 from speechllm.reproduction.data import PROBED_VOICES, TURNS, by_turns, fraction, mixture, passages, test_rows
+from speechllm.synthesis import spoken_questions
 from speechllm.synthesis.engines import parse_voices
-from speechllm.synthesis.spoken_questions import candidates
 
 
 def rows(count):
@@ -76,16 +81,59 @@ def test_as_many_probed_voices_of_each_gender_take_equal_turns():
 test_rows.__test__ = False  # the function under test is not a test
 
 
-def test_what_is_tested_is_not_heard_in_training(monkeypatch):
+def test_what_is_tested_is_not_heard_in_training(monkeypatch, tmp_path):
     """No two facts that stand together in a passage of a test do so in one that is trained on, with questions or without."""
+    asked = {}
 
-    def spoken_question_answering(train, test, apart_from, progress):
-        about = candidates(test, "test")[:test]
-        return {"test": about, "train": candidates(train, "train", apart_from=[*about, *apart_from])}
+    def answerable(count, split, passages, *rest):  # the last ones of a test: the LLM may answer any
+        asked[split] = passages if split == "train" else passages[-count:]
+        return asked[split], []
 
-    monkeypatch.setattr(data, "spoken_question_answering", spoken_question_answering)  # without asking and speaking
-    read, asked = passages(), data.questions()
+    def speak(rows, voices, folder, *rest):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "manifest.jsonl").write_text(json.dumps({"audio": "a.wav", "text": "a"}) + "\n")
+
+    monkeypatch.setenv("SPEECHLLM_CACHE", str(tmp_path))
+    for name, stand_in in (("_answerable", answerable), ("_speak", speak), ("Answerer", str),
+                           ("smollm2_135m_instruct", lambda: "an LLM")):  # fmt: skip
+        monkeypatch.setattr(spoken_questions, name, stand_in)
+    read = passages()
+    data.questions()
     tested = frozenset().union(*(passage.pairs for passage in [*read["test"], *asked["test"]]))
-    trained = [*read["train"], *asked["train"]]
-    assert (len(read["train"]), len(read["test"])) == (600, 80)
-    assert not [passage for passage in trained if passage.pairs & tested]
+    assert (len(read["train"]), len(read["test"]), len(asked["test"])) == (600, 80, 60)
+    assert not [passage for passage in [*read["train"], *asked["train"]] if passage.pairs & tested]
+
+
+def test_recordings_of_one_name_are_drawn_by_their_place_in_the_data():
+    """Not by the order of a set of strings, which is another in every process."""
+    twins = [{"id": f"{i} {side}", "audio": f"{side}/{i}.flac"} for i in range(40) for side in ("one", "other")]
+    script = "import json, sys; from speechllm.reproduction.data import fraction; " \
+             "print([row['id'] for row in fraction(json.load(sys.stdin), 40)])"  # fmt: skip
+    drawn = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            input=json.dumps(twins),
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert drawn == {f"{[row['id'] for row in fraction(twins, 40)]}\n"}
+
+
+def test_data_that_was_made_otherwise_is_refused(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "spoken_passages", lambda: {"train": [], "test": []})
+    (tmp_path / data.SMALL).mkdir(parents=True)
+    for name in ("train", "test", "train-tasks"):
+        (tmp_path / data.SMALL / f"{name}.jsonl").write_text(json.dumps({"audio": "a.wav", "text": "a"}) + "\n")
+    data.prepare_pretraining()
+    data.prepare_pretraining()  # as it is there
+    monkeypatch.setattr(data, "FORMAT", data.FORMAT + 1)
+    with pytest.raises(UsageError, match="data/reproduction was made by another version of this package. Remove it"):
+        data.prepare_pretraining()
+    data.PROVENANCE.unlink()  # as of the first version
+    with pytest.raises(UsageError, match="another version"):
+        data.prepare_pretraining()
