@@ -367,8 +367,9 @@ def test_the_kind_is_chosen_so_that_nothing_is_lost(bases, tmp_path):
 
 def test_saving_again_leaves_no_stale_weights(bases, tmp_path):
     peft = pytest.importorskip("peft")
-    own = [tmp_path / "notes.txt", tmp_path / "features" / "notes.txt", tmp_path / "features.index.safetensors"]
-    own[1].parent.mkdir()
+    folder = tmp_path / "features.safetensors"
+    own = [tmp_path / "notes.txt", folder / "notes.txt", tmp_path / "features.index.safetensors"]
+    folder.mkdir()
     for path in own:
         path.write_text("mine")
     plain, adapted = new_model(bases), new_model(bases, text="llama-tied")
@@ -382,7 +383,7 @@ def test_saving_again_leaves_no_stale_weights(bases, tmp_path):
     ):
         model.save_pretrained(tmp_path, kind=kind)
         weights = {"projector.safetensors"} if kind != "full" else {"model.safetensors"}
-        assert {p.name for p in tmp_path.glob("*.safetensors")} == weights | {own[2].name}
+        assert {p.name for p in tmp_path.glob("*.safetensors")} == weights | {own[2].name, folder.name}
         assert (tmp_path / "adapter").exists() == (model is adapted)
         equal_states(SpeechLLMForConditionalGeneration.from_pretrained(tmp_path), model)
     assert [path.read_text() for path in own] == ["mine"] * 3

@@ -117,6 +117,12 @@ def test_version_and_nothing(capsys):
         (["serve", "--model", "m", "--max-wait-ms", "nan"], ["number from 0 to 60000"]),
         (["serve", "--model", "m", "--port", "65536"], ["from 0 to 65535"]),
         (["serve", "--model", "m", "--port", "-1"], ["from 0 to 65535"]),
+        (["demo", "--model", "m", "--port", "70000"], ["from 0 to 65535"]),
+        (["reproduce", "--scale", "tiny", "--output", "x", "--comet-gpus", "1"], ["--comet-gpus", "Add --comet"]),
+        (
+            ["evaluate", "--model", "m", "--data", "d", "--output", "x", "--comet_python", "p"],
+            ["--comet_python", "Add --comet"],
+        ),
         (["quickstart", "--output", "x", "--stepps", "3"], ["stepps"]),
     ],
 )

@@ -1,6 +1,8 @@
 """The one door to data: every kind of source, options, what is set aside and counted, strict mode, streams."""
 
 import json
+import os
+import shutil
 from datetime import datetime
 
 import corpora_in_miniature as miniature
@@ -14,7 +16,7 @@ from speechllm import load_audio
 from speechllm.data.checking import check_rows
 from speechllm.data.feature_cache import audio_key
 from speechllm.data.manifests import write_sources
-from speechllm.data.schema import ManifestError
+from speechllm.data.schema import ManifestError, load_rows
 from speechllm.data.sources import load_source, parse_spec, read_specs
 from speechllm.data.stream_sources import stream_source
 
@@ -376,3 +378,22 @@ def test_limits_on_the_duration_of_streams_read_headers_where_needed(recordings)
         assert [row["text"] for row in stream] == ["text 1", "text 2"]
     (recordings / "wav" / "1.wav").write_bytes(b"RIFF nothing")  # is for the reader of the stream to set aside
     assert [row["text"] for row in stream_source(str(path), maximum_seconds=0.45)] == ["text 0", "text 1"]
+
+
+def test_a_manifest_that_is_read_alone_has_texts_for_numbers(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"audio": "a.wav", "text": 42, "answers": "six"}\n')
+    (row,) = load_rows(tmp_path / "a.jsonl")
+    assert (row["text"], row["answers"], row["target"]) == ("42", ["six"], "six")
+
+
+def test_names_that_are_not_utf8_are_set_aside(recordings, tmp_path):
+    """No manifest could name them."""
+    (tmp_path / "named").mkdir()
+    for name in (b"caf\xe9", b"tea"):
+        stem = os.fsencode(tmp_path / "named") + b"/" + name
+        shutil.copy(recordings / "wav/0.wav", stem + b".wav")
+        with open(stem + b".txt", "w") as transcript:
+            transcript.write("a text")
+    (report,) = write_sources([str(tmp_path / "named")], str(tmp_path / "rows.jsonl"))
+    assert "1 set aside: name is not UTF-8" in report and "caf\\udce9" in report
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1

@@ -325,6 +325,25 @@ def test_a_baseline_is_compared_task_by_task(model, processor, tmp_path):
     assert metrics["tasks"]["sqa"]["against_baseline"] == {"utterances": 0, "tests": {}}
 
 
+def test_a_baseline_that_names_no_tasks_is_paired_by_id(model, processor, tmp_path):
+    """As a file of one's own, and a run that was cut off."""
+    rows = tiny_rows(3)
+    lines = [{"id": row["id"], "prediction": "an apple"} for row in rows]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = [{**row, "task": "sqa", "question": "What is it?", "answers": ["an apple"]} for row in rows]
+    metrics = run(model, processor, asked, tmp_path / "b", baseline=tmp_path / "mine.jsonl")
+    assert metrics["tasks"]["sqa"]["against_baseline"]["utterances"] == 3
+
+
+def test_what_would_have_no_effect_is_refused_before_the_answers(model, processor, tmp_path):
+    rows = task_rows()
+    with pytest.raises(EvaluationError, match="There is a prompt for 'st', which is not among the tasks asr"):
+        run(model, processor, rows, tmp_path, tasks=["asr"], prompts={"st": "In Welsh, please."})
+    with pytest.raises(EvaluationError, match="COMET needs translations .* the data has none"):
+        run(model, processor, tiny_rows(2), tmp_path, comet={})
+    assert not (tmp_path / "predictions.jsonl").exists()
+
+
 def test_an_unknown_normaliser_is_found_before_the_answers(model, processor, tmp_path):
     with pytest.raises(EvaluationError, match="no normaliser 'whisper'. Use basic"):
         run(model, processor, tiny_rows(2), tmp_path, normalisation="whisper")

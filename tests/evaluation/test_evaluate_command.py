@@ -169,6 +169,17 @@ def test_two_processes_give_the_answers_of_one(folder, tmp_path):
     assert [path.name for path in (tmp_path / "two").glob("predictions*")] == ["predictions.jsonl"]
 
 
+def test_prompts_are_for_rows_that_have_none(folder, tmp_path):
+    rows = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()][:2]
+    rows = [{"id": row["id"], "audio": str(folder / row["audio"]), "task": "emotion", "target": "joy"} for row in rows]
+    (tmp_path / "emotions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = command(folder, tmp_path / "out", "--prompts", '{"emotion": "Which emotion?"}')
+    arguments[arguments.index("--data") + 1] = str(tmp_path / "emotions.jsonl")
+    assert main(arguments) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == ["Which emotion?"] * 2
+
+
 def test_bad_input_is_reported_with_an_exit_code(folder, tmp_path, capsys):
     rows = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
     for row in rows:

@@ -87,6 +87,8 @@ def test_gender_of_raw_text():
     found = score("st", rows_of(["Sono nata."], **row), {"0": "Sono nata, nato."})
     assert (found["term_coverage"], found["gender_accuracy"], found["gender_accuracy_1F"]) == (1, 0.5, 0.5)
     assert score("st", rows_of(["Sono nata."], **row), {"0": ""})["gender_accuracy"] == 0  # as the script: none found
+    raw = {**row, "gender_terms": "nata nato;"}  # as in the corpus's file, with nothing behind the last
+    assert score("st", rows_of(["Sono nata."], **raw), {"0": "Sono nata."})["gender_accuracy"] == 1
     with pytest.raises(ValueError, match="'nata' are not pairs"):
         gender_terms(["nata"], [None], [""])
 

@@ -16,6 +16,7 @@ from without_package import HIDE_PACKAGE
 
 import speechllm
 from speechllm.checkpoint_speechllm import HUB_FILES
+from speechllm.pushing_speechllm import card_for
 
 
 pytestmark = pytest.mark.timeout(
@@ -40,7 +41,7 @@ import os, sys
 sys.path[:0] = sys.argv[1:3]
 import numpy as np, soundfile
 from transformers import AutoProcessor
-from speechllm import SpeechLLMForConditionalGeneration as Model
+from speechllm import CheckpointError, SpeechLLMForConditionalGeneration as Model
 from speechllm.cli import main
 from trained_checkpoints import adapt, new_model, pretrain
 
@@ -65,6 +66,11 @@ model = Model.from_pretrained("org/projector", revision="v1")
 model.push_to_hub("org/pushed", private=True)
 model.save_pretrained("saved", kind="full", push_to_hub=True, repo_id="org/saved")
 model.push_to_hub("org/changed", kind="full")
+try:
+    model.push_to_hub("org/full", private=True)
+    raise SystemExit("what is public went on as if it were private")
+except CheckpointError as error:
+    assert "org/full exists already and is public" in str(error)
 Model.from_pretrained("pretrained").push_to_hub("org/fresh")  # which has no card yet
 publish("org/changed", "pretrained")
 # Trained further in memory, it is no longer what the card that it came with says.
@@ -208,7 +214,7 @@ def test_a_model_that_was_trained_further_gets_a_card_of_its_own(author, hub):
     stages, before = (json.loads(these["training_summary.json"])["stages"] for these in (files, source))
     assert stages[:-1] == before and len(before) == 1
     assert_card(files, "org/further", "projector")
-    assert files["README.md"] != source["README.md"].replace(b"org/pretrained", b"org/further")
+    assert files["README.md"].decode() != card_for("org/further", "projector", source["README.md"].decode())
 
 
 def test_the_base_models_are_pinned_by_commit(author, hub):

@@ -1,5 +1,6 @@
 """Generated passages and questions: extractive, deterministic, apart from each other."""
 
+import json
 import re
 
 import pytest
@@ -10,7 +11,7 @@ from tiny_training import save_base_models
 from speechllm import CheckpointError
 from speechllm.data.prompts import chat_of
 from speechllm.synthesis.passages import TEMPLATES, WORDS, generate_passages, question_rows
-from speechllm.synthesis.spoken_questions import Answerer, _answerable, candidates
+from speechllm.synthesis.spoken_questions import Answerer, _answerable, candidates, load_answers
 
 
 def test_every_answer_stands_in_its_passage_and_not_in_its_question():
@@ -84,6 +85,12 @@ def test_answers_of_an_interrupted_run_are_not_asked_again(tmp_path):
     asked.clear()
     assert _answerable(*arguments, answerer, tmp_path, progress=False) == (passages, rows) and not asked
     assert _answerable(*arguments, answerer, tmp_path / "anew", progress=False) == (passages, rows)
+
+
+def test_answers_may_hold_any_line_break(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_text(json.dumps({"id": "a", "answer": "one\u2028two"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert load_answers(path) == {"a": "one\u2028two"}
 
 
 def test_a_pickled_llm_does_not_answer(tmp_path):

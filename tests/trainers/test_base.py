@@ -3,6 +3,7 @@
 import json
 from unittest import mock
 
+import datasets
 import pytest
 import torch
 from tiny import tiny_processor
@@ -81,6 +82,14 @@ def test_what_trainer_offers_and_has_no_effect_here_is_refused(tmp_path, make):
             make(tmp_path, **setting)
     with pytest.raises(NotImplementedError, match="answers"):
         build().predict(tiny_rows(2))
+
+
+def test_batches_are_prepared_ahead_as_asked(tmp_path):
+    options = {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 3}
+    trainer = contrastive(tmp_path, **options)
+    assert trainer._loader(trainer.train_dataset).prefetch_factor == 3
+    stream = datasets.Dataset.from_list(tiny_rows()).to_iterable_dataset()
+    assert contrastive(tmp_path, train=stream, **options)._stream_loader().prefetch_factor == 3
 
 
 def test_one_process_with_several_gpus_is_refused(tmp_path):

@@ -20,7 +20,7 @@ from transformers import TrainerCallback, set_seed
 from speechllm import AudioError
 from speechllm.data.prompts import shared_prefix
 from speechllm.objectives import cosine_similarity_matrix, layerwise_contrastive_loss
-from speechllm.trainers import held_out
+from speechllm.trainers import contrastive_trainer, held_out
 
 
 class LayerCalls:
@@ -236,9 +236,17 @@ def test_a_further_objective_adds_its_term(tmp_path):
 @pytest.mark.parametrize("similarity", ["cosine", "wasserstein"])
 def test_a_held_out_set_is_compared_block_by_block(tmp_path, monkeypatch, similarity):
     """With the loss and the similarities of all pairs at once, padded."""
+    blocks, compare = [], held_out.layer_similarities
+
+    def noted(similarity, text, speech):
+        blocks.append((len(text[1]), len(speech[1])))
+        return compare(similarity, text, speech)
+
     monkeypatch.setattr(held_out, "BLOCK", 3)
+    monkeypatch.setattr(held_out, "layer_similarities", noted)
     trainer = contrastive(tmp_path, held_out=tiny_rows(7), similarity=similarity, layers="0,2", symmetric=True)
     metrics = trainer.evaluate()
+    assert len(blocks) == 9 and max(map(max, blocks)) == 3
     rows, states = trainer.held_out_states()
     assert [row["id"] for row in rows] == [f"utterance {i}" for i in range(7)]
     expected = layerwise_contrastive_loss(
@@ -248,6 +256,19 @@ def test_a_held_out_set_is_compared_block_by_block(tmp_path, monkeypatch, simila
         assert metrics[f"eval_{name.replace('layer', 'loss_layer')}"] == pytest.approx(value.item(), abs=1e-5)
     for layer, matrix in trainer.similarity_matrices(states).items():
         torch.testing.assert_close(trainer.held_out_similarity[layer], matrix, atol=1e-5, rtol=0)
+
+
+def test_held_out_pairs_that_are_not_finite_are_named(tmp_path, monkeypatch):
+    compare = contrastive_trainer.held_out_matrices
+
+    def broken(*arguments):
+        matrices = compare(*arguments)
+        next(iter(matrices.values()))[2, 2] = torch.nan
+        return matrices
+
+    monkeypatch.setattr(contrastive_trainer, "held_out_matrices", broken)
+    with pytest.raises(ValueError, match=r"held-out pairs at layer 0 are not finite: \['utterance 2'\]"):
+        contrastive(tmp_path, held_out=tiny_rows(5)).evaluate()
 
 
 def test_equal_transcripts_never_share_a_batch(tmp_path):
