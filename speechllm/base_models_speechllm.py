@@ -41,6 +41,8 @@ SAMPLED_BYTES = 1 << 16  # of each end of a tensor, for the fingerprint of a fol
 LOADING = {"output_loading_info": True, "use_safetensors": True, "ignore_mismatched_sizes": True}
 # SpecAugment's mask vector is used in training only and is absent from many encoders' checkpoints.
 UNUSED_IN_EVALUATION = "masked_spec_embed"
+# How files of the Hub are fetched, for a checkpoint and for its base models alike
+BASE_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 CONVERTER = "SFconvertbot"  # the Hub's account that offers repositories their pickled weights as safetensors
 CONVERSION = "https://huggingface.co/spaces/safetensors/convert"  # where it is asked to
 
@@ -163,14 +165,15 @@ def keep_unquantized(quantization_config: Any) -> Any:
     return quantization_config
 
 
-def pin_revision(model_id: str, revision: str | None) -> str | None:
+def pin_revision(model_id: str, revision: str | None, **hub: Any) -> str | None:
     """The commit that a repository's revision stands for (where its weights are pickled, that of their conversion), or a
     fingerprint of a local folder's weights: a hash of each safetensors file's name, size and header, and of both ends of
     each of its tensors. (Training or merging an adapter changes whole tensors; hashing all of a large model would take
     longer than loading it.)"""
     if not os.path.isdir(model_id):
-        commit = extract_commit_hash(cached_file(model_id, "config.json", revision=revision), None)
-        return converted_commit(model_id, commit) or commit
+        commit = extract_commit_hash(cached_file(model_id, "config.json", revision=revision, **hub), None)
+        offline = is_offline_mode() or hub.get("local_files_only")
+        return (None if offline else converted_commit(model_id, commit, hub.get("token"))) or commit
     digest = hashlib.sha256()
     for path in sorted(Path(model_id).glob("*.safetensors")):
         size = path.stat().st_size
@@ -187,12 +190,10 @@ def pin_revision(model_id: str, revision: str | None) -> str | None:
     return "sha256:" + digest.hexdigest()
 
 
-def converted_commit(model_id: str, commit: str) -> str | None:
+def converted_commit(model_id: str, commit: str, token: str | None = None) -> str | None:
     """Of a repository with pickled weights alone, the commit at which the Hub's converter offers these very weights as
     safetensors, in a pull request of its own; `None` if there is none, or nobody can tell."""
-    if is_offline_mode():
-        return None
-    hub = HfApi()
+    hub = HfApi(token=token)
 
     def weights(revision: str, ending: str) -> dict[str, str]:
         files = hub.list_repo_tree(model_id, revision=revision)
@@ -209,8 +210,8 @@ def converted_commit(model_id: str, commit: str) -> str | None:
     return None
 
 
-def base_weights(config: SpeechLLMConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """State dict of the frozen parts under the SpeechLLM's names."""
+def base_weights(config: SpeechLLMConfig, dtype: torch.dtype, **hub: Any) -> dict[str, torch.Tensor]:
+    """State dict of the frozen parts under the SpeechLLM's names, fetched with these `BASE_OPTIONS`."""
     weights = {}
     for name, base in config.base_models.items():
         what, revision = f"the frozen {name} model {base['id']!r}", base.get("revision")
@@ -228,9 +229,9 @@ def base_weights(config: SpeechLLMConfig, dtype: torch.dtype) -> dict[str, torch
                     f"Cannot load {what}: its weights are not those that the checkpoint was trained with (pinned "
                     f"{revision[:19]}...). Restore the original files, or train again on the new ones."
                 )
-        options = {"dtype": dtype, "revision": hub_revision(base), **LOADING}
+        options = {"dtype": dtype, "revision": hub_revision(base), **LOADING, **hub}
         remedy = "Check the id or path and the network; see `base_models` in config.json."
-        with explained(what, remedy, weights_of=base["id"], revision=options["revision"]):
+        with explained(what, remedy, weights_of=base["id"], revision=options["revision"], **hub):
             if name == "text":
                 model, info = AutoModelForCausalLM.from_pretrained(base["id"], **options)
                 prefix = f"{model.base_model_prefix}."
@@ -251,12 +252,12 @@ def base_weights(config: SpeechLLMConfig, dtype: torch.dtype) -> dict[str, torch
     return weights
 
 
-def copy_generation_config(model, base: dict[str, str], tokenizer) -> None:
+def copy_generation_config(model, base: dict[str, str], tokenizer, **hub: Any) -> None:
     """The LLM's generation settings, with end-of-text and padding ids from its tokenizer where it has none, and with the
     token that ends an answer in its chat template, which fine-tuning teaches."""
     revision = hub_revision(base)
-    if optional_file(base["id"], GENERATION_CONFIG_NAME, revision=revision) is not None:
-        model.generation_config = GenerationConfig.from_pretrained(base["id"], revision=revision)
+    if optional_file(base["id"], GENERATION_CONFIG_NAME, revision=revision, **hub) is not None:
+        model.generation_config = GenerationConfig.from_pretrained(base["id"], revision=revision, **hub)
     else:  # as with many LLMs
         model.generation_config = GenerationConfig.from_model_config(model.config.text_config)
     settings = model.generation_config

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from .base_models_speechllm import (
+    BASE_OPTIONS,
     LOADING,
     CheckpointError,
     add_audio_token,
@@ -66,7 +67,8 @@ HUB_FILES = (
 )
 PICKLED_ADAPTER_WEIGHTS = "adapter_model.bin"
 OWN_WEIGHTS = re.compile(r"(projector|model(-\d{5}-of-\d{5})?)\.safetensors|model\.safetensors\.index\.json")
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+HUB_OPTIONS = (*BASE_OPTIONS, "revision", "subfolder")
+SAMPLED = 8  # rows of a base model's matrix, to see whether it has changed
 
 
 class SpeechLLMCheckpointMixin(SpeechLLMPushMixin):
@@ -74,6 +76,7 @@ class SpeechLLMCheckpointMixin(SpeechLLMPushMixin):
 
     is_self_contained = False  # loaded from a full checkpoint, whose base models may be nowhere near
     _is_resized = False  # its LLM has another vocabulary than the base model
+    base_samples: ClassVar[dict[str, torch.Tensor]] = {}  # of the base models, as they were loaded
 
     @classmethod
     def from_speech_text_pretrained(
@@ -98,13 +101,15 @@ class SpeechLLMCheckpointMixin(SpeechLLMPushMixin):
                 branch or tag is resolved to its commit; a folder is pinned to a fingerprint of its weights).
             speech_layer, context_seconds, config_options: see `SpeechLLMConfig`.
             dtype: of the frozen parts; default: that of the LLM's checkpoint. The projector stays in float32.
-            projector: settings of `SpeechLLMProjectorConfig`, e.g. `num_queries=2`.
+            projector: settings of `SpeechLLMProjectorConfig`, e.g. `num_queries=2`; also `token`, `cache_dir`,
+                `local_files_only` and `force_download`, for both repositories.
 
         Raises:
             CheckpointError: if either model cannot be found or lacks a weight.
             TypeError: if there is no such option.
         """
         dtype = projector.pop("torch_dtype", None) or dtype
+        hub = {name: projector.pop(name) for name in BASE_OPTIONS if name in projector}
         known = [name for name in SpeechLLMProjectorConfig.__annotations__ if name != "model_type"]
         if unknown := sorted(projector.keys() - set(known)):
             raise TypeError(f"There is no option {unknown[0]!r}. The projector's settings are {', '.join(known)}.")
@@ -113,11 +118,11 @@ class SpeechLLMCheckpointMixin(SpeechLLMPushMixin):
         given = {"speech": (os.fspath(speech_id), speech_revision), "text": (text_id, text_revision)}
         for name, (base_id, revision) in given.items():
             with explained(f"the {name} model {base_id!r}", remedy="Check the id or path."):
-                configs[name] = AutoConfig.from_pretrained(base_id, revision=revision)
+                configs[name] = AutoConfig.from_pretrained(base_id, revision=revision, **hub)
                 base_id = os.path.abspath(base_id) if os.path.isdir(base_id) else base_id
-                bases[name] = {"id": base_id, "revision": pin_revision(base_id, revision)}
+                bases[name] = {"id": base_id, "revision": pin_revision(base_id, revision, **hub)}
         with explained(f"the tokenizer of {text_id!r}", remedy="Put the LLM's tokenizer files beside its weights."):
-            tokenizer = AutoTokenizer.from_pretrained(text_id, revision=text_revision)
+            tokenizer = AutoTokenizer.from_pretrained(text_id, revision=text_revision, **hub)
             text_config = configs["text"].get_text_config(decoder=True)
             if len(tokenizer) < text_config.vocab_size / 2:  # without its files, Transformers makes an empty one
                 raise ValueError(f"it has {len(tokenizer)} tokens, and the LLM's vocabulary {text_config.vocab_size}.")
@@ -134,10 +139,10 @@ class SpeechLLMCheckpointMixin(SpeechLLMPushMixin):
         options = {"device_map": device_map, "attn_implementation": attn_implementation}
         options = {name: value for name, value in options.items() if value is not None}
         dtype = dtype if dtype not in (None, "auto") else configs["text"].dtype or torch.float32
-        model = cls._merge(config, trained=None, dtype=dtype, **options)
+        model = cls._merge(config, trained=None, dtype=dtype, hub=hub, **options)
         if model.can_generate():
             with explained("the LLM's generation settings", remedy=""):
-                copy_generation_config(model, bases["text"], tokenizer)
+                copy_generation_config(model, bases["text"], tokenizer, **hub)
         return model
 
     @classmethod
@@ -170,7 +175,8 @@ class SpeechLLMCheckpointMixin(SpeechLLMPushMixin):
         if weights is not None:
             with explained(f"the trained weights {weights}", remedy="Download or train them again."):
                 trained = load_file(weights)
-            model, info = cls._merge(config, trained, *args, output_loading_info=True, **rest)
+            of_bases = {name: hub[name] for name in BASE_OPTIONS if name in hub}
+            model, info = cls._merge(config, trained, *args, output_loading_info=True, hub=of_bases, **rest)
             if model.can_generate() and optional_file(path, GENERATION_CONFIG_NAME, **hub) is not None:
                 model.generation_config = GenerationConfig.from_pretrained(path, **hub)
         else:
@@ -190,7 +196,7 @@ class SpeechLLMCheckpointMixin(SpeechLLMPushMixin):
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _merge(cls, config, trained: dict[str, torch.Tensor] | None, *args, output_loading_info=False, **kwargs):
+    def _merge(cls, config, trained: dict[str, torch.Tensor] | None, *args, hub, output_loading_info=False, **kwargs):
         """Frozen weights from the base models, trained weights from `trained` (`None`: a fresh projector)."""
         if not config.base_models:
             raise CheckpointError(
@@ -201,7 +207,7 @@ class SpeechLLMCheckpointMixin(SpeechLLMPushMixin):
         if dtype == "auto":
             dtype = config.dtype or torch.float32
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        kwargs.update(LOADING, dtype=dtype, state_dict={**base_weights(config, dtype), **(trained or {})})
+        kwargs.update(LOADING, dtype=dtype, state_dict={**base_weights(config, dtype, **hub), **(trained or {})})
         level = logging.get_verbosity()
         logging.set_verbosity_error()  # a report on random weights would be wrong: see the check below
         try:
@@ -214,6 +220,7 @@ class SpeechLLMCheckpointMixin(SpeechLLMPushMixin):
         refuse_incomplete(info, "The merge of base models and trained weights")
         model.name_or_path = ""  # Transformers writes "None"
         model.freeze()  # loading makes every parameter trainable
+        model.base_samples = model._sample_base()
         return (model, info) if output_loading_info else model
 
     def save_pretrained(
@@ -230,8 +237,7 @@ class SpeechLLMCheckpointMixin(SpeechLLMPushMixin):
 
         Args:
             kind: `"full"`, `"projector"`, or `None`: full where the model came from a full checkpoint or its base
-                models are trained or not pinned, projector-only otherwise. After merging an adapter into the LLM, use
-                `"full"`: a projector-only checkpoint has the LLM as it was.
+                models are trained, changed (as by merging an adapter) or not pinned, projector-only otherwise.
             state_dict: weights to save instead of the model's own (as `Trainer` passes).
 
         Raises:
@@ -246,7 +252,7 @@ class SpeechLLMCheckpointMixin(SpeechLLMPushMixin):
         if kind == "projector" and base_is_trained:
             raise ValueError(
                 "A projector-only checkpoint would lose the trained weights of the speech encoder or the LLM (some of "
-                "their parameters require a gradient, or the vocabulary was resized); save with kind='full'."
+                "their parameters require a gradient or have changed, or the vocabulary was resized); save with kind='full'."
             )
         if kind is None:
             whole = self.is_self_contained or base_is_trained or not self.config.base_models
@@ -279,7 +285,7 @@ class SpeechLLMCheckpointMixin(SpeechLLMPushMixin):
                 save_file(adapter_state, folder / ADAPTER_FOLDER / ADAPTER_WEIGHTS, metadata={"format": "pt"})
             copy_hub_files(folder)
         if push_to_hub:
-            names = ("commit_message", "max_shard_size", "private", "revision", "token")
+            names = ("commit_message", "create_pr", "max_shard_size", "private", "revision", "token")
             options = {name: kwargs[name] for name in names if name in kwargs}
             self.push_to_hub(kwargs.get("repo_id") or Path(save_directory).resolve().name, kind=kind, **options)
 
@@ -332,10 +338,31 @@ class SpeechLLMCheckpointMixin(SpeechLLMPushMixin):
         return embeddings
 
     def _base_is_trained(self) -> bool:
-        return self._is_resized or any(
-            parameter.requires_grad and "projector." not in name and "lora_" not in name
-            for name, parameter in self.named_parameters()
+        found = self._sample_base() if self.base_samples else {}
+        changed = any(
+            not torch.equal(sample.to(found[name].dtype), found[name])
+            for name, sample in self.base_samples.items()
+            if name in found
         )
+        return (
+            changed
+            or self._is_resized
+            or any(
+                parameter.requires_grad and "projector." not in name and "lora_" not in name
+                for name, parameter in self.named_parameters()
+            )
+        )
+
+    def _sample_base(self) -> dict[str, torch.Tensor]:
+        """A few values of each matrix of the base models: those that are merged with an adapter change everywhere. (Not of
+        weights that are quantised, split over processes, or not there.)"""
+        found = {}
+        for name, weight in self.named_parameters():
+            whole = type(weight) is torch.nn.Parameter and weight.is_floating_point() and weight.device.type != "meta"
+            if whole and weight.ndim == 2 and weight.numel() and "projector." not in name and "lora_" not in name:
+                name = name.replace(".base_layer.", ".").removeprefix(self._headless_prefix())
+                found[name] = weight.detach()[:: max(1, len(weight) // SAMPLED), 0].cpu().clone()
+        return found
 
     def _headless_prefix(self) -> str:
         """What the names in `projector.safetensors` have before those of this model."""
@@ -364,6 +391,11 @@ def _split_adapter(model, state: dict[str, torch.Tensor]) -> tuple[dict[str, tor
     except ImportError as error:
         raise CheckpointError("The model has a PEFT adapter; saving it needs `pip install peft`.") from error
     ((name, config),) = configs.items()
+    if any(getattr(module, "merged", False) for module in model.modules()):
+        raise ValueError(
+            "The adapter is merged into the LLM's weights and still there: it would be applied twice after loading. Unmerge "
+            "it (`unmerge_adapter`), or merge it for good (`merge_and_unload`)."
+        )
     weights = get_peft_model_state_dict(model, state_dict=state, adapter_name=name, save_embedding_layers=False)
     weights = {key: value.contiguous() for key, value in weights.items()}
     plain = {}

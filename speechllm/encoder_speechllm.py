@@ -49,7 +49,8 @@ def encode_segments(
     states = inputs.new_zeros(len(inputs), int(frames.max()), config.speech_hidden_size)
     for length in steps.unique():
         rows = torch.nonzero(steps == length).flatten()
-        states[rows, : int(frames[rows[0]])] = _encode_waveform(encoder, config, inputs[rows, :length])
+        encoded = _encode_waveform(encoder, config, inputs[rows, :length])
+        states[rows, : int(frames[rows[0]])] = encoded.to(states.device)
     return states, frames
 
 
@@ -75,14 +76,15 @@ def _encode_log_mel(encoder, config, features: torch.Tensor, steps: torch.Tensor
     features = features[..., : int(heard.max())]
     valid = length_mask(heard, features.shape[-1])[:, None]
     # What the convolutions see beyond the heard part is their own zero padding, as if the segment were alone.
-    states = F.gelu(encoder.conv1(features * valid)) * valid
+    states = F.gelu(encoder.conv1(features * valid))
+    states = states * valid.to(states.device)  # of a model that is spread over devices
     states = F.gelu(encoder.conv2(states)).transpose(1, 2)
     states = states + encoder.embed_positions(torch.arange(states.shape[1], device=states.device))
     states = F.dropout(states, p=encoder.dropout, training=encoder.training)
     mask = create_bidirectional_mask(
         config=encoder.config,
         inputs_embeds=states,
-        attention_mask=length_mask(config.speech_token_rule.frames(heard), states.shape[1]),
+        attention_mask=length_mask(config.speech_token_rule.frames(heard), states.shape[1]).to(states.device),
     )
     stop = config.speech_layer
     for layer in encoder.layers[:stop]:

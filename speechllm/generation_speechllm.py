@@ -70,9 +70,12 @@ class SpeechLLMGenerationMixin(GenerationMixin):
         inputs = super().prepare_inputs_for_generation(
             *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
-        if not is_first_iteration and kwargs.get("use_cache", True):  # the cache holds the audio from here on
-            inputs = {name: value for name, value in inputs.items() if name not in AUDIO_INPUTS}
-        return inputs
+        if is_first_iteration or not kwargs.get("use_cache", True):
+            return inputs
+        cache = kwargs.get("past_key_values")
+        if cache is None or cache.get_seq_length() == 0:  # a draft model's first pass, which is not called one
+            return inputs | {name: kwargs[name] for name in AUDIO_INPUTS if kwargs.get(name) is not None}
+        return {name: value for name, value in inputs.items() if name not in AUDIO_INPUTS}  # the cache holds the audio
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """Repeat each prompt `expand_size` times, and with it its own audio segments (beams, several samples)."""

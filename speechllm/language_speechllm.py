@@ -27,6 +27,13 @@ class GivenBody(nn.Module):
     def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, **kwargs):
         return GivenBodyOutput(last_hidden_state=inputs_embeds)
 
+    @property
+    def decoder(self) -> "GivenBody":  # which some LLMs (OPT) run instead of the body around it
+        return self
+
+    def get_input_embeddings(self):
+        raise NotImplementedError("A head has no embedding table.")  # as Transformers has it where there is none
+
 
 def split_causal_lm(causal_lm: PreTrainedModel, tie: bool) -> tuple[PreTrainedModel, PreTrainedModel]:
     """A causal LM -> its body, and what remains of it: a head that takes hidden states as `inputs_embeds`. The tie

@@ -262,8 +262,13 @@ class SpeechLLMModel(SpeechLLMPreTrainedModel):
             )
         if found == 0:
             return embeddings
+        if speech_tokens.shape[-1] != embeddings.shape[-1]:
+            raise ValueError(
+                f"The speech tokens have width {speech_tokens.shape[-1]}, and this LLM's embeddings {embeddings.shape[-1]}."
+            )
+        # With the model spread over devices, the embedding table need not be where the prompt is.
         speech_tokens = speech_tokens.to(embeddings.device, embeddings.dtype)
-        return embeddings.masked_scatter(placeholders[:, :, None], speech_tokens)
+        return embeddings.masked_scatter(placeholders[:, :, None].to(embeddings.device), speech_tokens)
 
     @can_return_tuple
     def forward(

@@ -9,6 +9,7 @@
 
 import itertools
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from transformers import AutoFeatureExtractor, AutoTokenizer, BatchFeature, ProcessorMixin
 
 from .audio_speechllm import SHORTEST, AudioSource, load_audio
-from .base_models_speechllm import add_audio_token, hub_revision
+from .base_models_speechllm import BASE_OPTIONS, add_audio_token, hub_revision
 from .chat_speechllm import AUDIO_PARTS_TEMPLATE, PLAIN_TEMPLATE, chat_audios, check_chat
 from .checkpoint_speechllm import copy_hub_files
 from .configuration_speechllm import AUDIO_TOKEN, AUTO_MAP, SAMPLING_RATE, SpeechLLMConfig, SpeechTokenRule
@@ -88,10 +89,15 @@ class SpeechLLMProcessor(ProcessorMixin):
 
     @classmethod
     def from_config(cls, config: SpeechLLMConfig, **kwargs) -> "SpeechLLMProcessor":
-        """The processor of a model made by `from_speech_text_pretrained`, from its base models."""
+        """The processor of a model made by `from_speech_text_pretrained`, from its base models.
+
+        Args:
+            kwargs: `token`, `cache_dir` and the like to fetch them with, and arguments of the class.
+        """
+        hub = {name: kwargs.pop(name) for name in BASE_OPTIONS if name in kwargs}
 
         def load(auto_class, base):
-            return auto_class.from_pretrained(base["id"], revision=hub_revision(base))
+            return auto_class.from_pretrained(base["id"], revision=hub_revision(base), **hub)
 
         return cls(
             load(AutoFeatureExtractor, config.base_models["speech"]),
@@ -273,7 +279,8 @@ class SpeechLLMProcessor(ProcessorMixin):
         for name, instead in NOT_WITH_AUDIO.items():
             if kwargs.pop(name, None):
                 raise ValueError(f"There is no `{name}` here: {instead}.")
-        options = _flat_options(processor_kwargs or {})
+        groups = {name: kwargs.pop(name) for name in OPTION_GROUPS if name in kwargs}
+        options = _flat_options({**(processor_kwargs or {}), **groups})
         for name in CALL_OPTIONS:
             if kwargs.get(name) is not None:
                 options[name] = kwargs.pop(name)
@@ -377,9 +384,9 @@ class SpeechLLMProcessor(ProcessorMixin):
         return {**super().to_dict(), "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]}}
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
-        files = super().save_pretrained(save_directory, **kwargs)
-        copy_hub_files(save_directory)
-        return files
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        copy_hub_files(save_directory)  # first, as the rest may be pushed at once
+        return super().save_pretrained(save_directory, **kwargs)
 
 
 def _flat_audios(audio) -> list[AudioSource]:

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, ClassVar
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 
 from .base_models_speechllm import CheckpointError, optional_file
 
@@ -51,6 +51,8 @@ class SpeechLLMPushMixin:
         revision: str | None = None,
         create_pr: bool = False,
         max_shard_size: int | str = "5GB",
+        commit_description: str | None = None,
+        tags: str | list[str] | None = None,
     ):
         """Upload the checkpoint with its processor, its training summary, and a card with the plots and recordings that
         it shows. A card that the model came with stays as it was, but for this repository's name and kind of weights;
@@ -59,6 +61,7 @@ class SpeechLLMPushMixin:
         Args:
             kind: see `save_pretrained`.
             processor: default: that of the checkpoint which the model was loaded from, or of its base models.
+            tags: further ones, for the card.
 
         Returns:
             `huggingface_hub.CommitInfo` of the one commit, which also removes weights of the other kind.
@@ -70,14 +73,14 @@ class SpeechLLMPushMixin:
 
         source = self.name_or_path
         if processor is None and source:
-            processor = SpeechLLMProcessor.from_pretrained(source, **self.loaded_from)
+            processor = SpeechLLMProcessor.from_pretrained(source, token=token, **self.loaded_from)
         elif processor is None:
-            processor = SpeechLLMProcessor.from_config(self.config)
+            processor = SpeechLLMProcessor.from_config(self.config, token=token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, kind=kind, max_shard_size=max_shard_size)
             processor.save_pretrained(folder)
             if self.training_summary is None:
-                self._bring(SUMMARY, folder)
+                self._bring(SUMMARY, folder, token)
             else:
                 (Path(folder) / SUMMARY).write_text(
                     json.dumps(self.training_summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
@@ -89,23 +92,27 @@ class SpeechLLMPushMixin:
                 raise CheckpointError(
                     f"{repo_id} exists already and is public. Make it private in its settings, or leave out `private`."
                 )
-            self._add_card(Path(folder), repo_id)
-            return upload_checkpoint(api, folder, repo_id, commit_message, revision, create_pr)
+            self._add_card(Path(folder), repo_id, token)
+            if tags and (card_path := Path(folder) / CARD).is_file():
+                card = ModelCard.load(card_path)
+                card.data.tags = [*(card.data.tags or []), *([tags] if isinstance(tags, str) else tags)]
+                card.save(card_path)
+            return upload_checkpoint(api, folder, repo_id, commit_message, revision, create_pr, commit_description)
 
-    def _bring(self, name: str, folder: str | Path) -> bool:
+    def _bring(self, name: str, folder: str | Path, token: str | None = None) -> bool:
         """Copy a file from where the model was loaded; whether it was there."""
         source = self.name_or_path
-        path = optional_file(source, name, **self.loaded_from) if source else None
+        path = optional_file(source, name, token=token, **self.loaded_from) if source else None
         if path is not None:
             (Path(folder) / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, Path(folder) / name)
         return path is not None
 
-    def _add_card(self, folder: Path, repo_id: str) -> None:
-        if self.training_summary is None and self._bring(CARD, folder):
+    def _add_card(self, folder: Path, repo_id: str, token: str | None) -> None:
+        if self.training_summary is None and self._bring(CARD, folder, token):
             card = (folder / CARD).read_text(encoding="utf-8")
             for name in sorted(set(SHOWN_IN_CARD.findall(card))):
-                self._bring(name, folder)
+                self._bring(name, folder, token)
             kind = "projector" if (folder / PROJECTOR_WEIGHTS).is_file() else "full"
             (folder / CARD).write_text(card_for(repo_id, kind, card), encoding="utf-8")
             return
@@ -130,7 +137,13 @@ def card_for(repo_id: str, kind: str, card: str) -> str:
 
 
 def upload_checkpoint(
-    api: HfApi, folder: str | Path, repo_id: str, message: str, revision: str | None = None, create_pr: bool = False
+    api: HfApi,
+    folder: str | Path,
+    repo_id: str,
+    message: str,
+    revision: str | None = None,
+    create_pr: bool = False,
+    description: str | None = None,
 ):
     """One commit after which the repository's weights and code are those of `folder`, and no others."""
     if revision is not None and not create_pr and not revision.startswith("refs/"):  # as of an open pull request
@@ -141,6 +154,7 @@ def upload_checkpoint(
         repo_id=repo_id,
         folder_path=folder,
         commit_message=message,
+        commit_description=description,
         revision=revision,
         create_pr=create_pr,
         delete_patterns=stale,
