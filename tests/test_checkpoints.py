@@ -365,6 +365,11 @@ def test_the_kind_is_chosen_so_that_nothing_is_lost(bases, tmp_path):
         tiny_model().save_pretrained(tmp_path, kind="half")
 
 
+def test_a_model_in_another_dtype_is_still_its_base_models(bases, tmp_path):
+    new_model(bases).to(torch.bfloat16).save_pretrained(tmp_path)
+    assert (tmp_path / "projector.safetensors").is_file()
+
+
 def test_saving_again_leaves_no_stale_weights(bases, tmp_path):
     peft = pytest.importorskip("peft")
     folder = tmp_path / "features.safetensors"
@@ -516,16 +521,22 @@ def test_an_adapter_keeps_its_precision_beside_a_coarser_llm(bases, tmp_path):
         equal_states(SpeechLLMForConditionalGeneration.from_pretrained(tmp_path / kind), model)
 
 
-def test_a_merged_adapter_is_saved_in_full(bases, tmp_path):
+def test_a_merged_adapter_is_neither_lost_nor_applied_twice(bases, tmp_path):
     peft = pytest.importorskip("peft")
     model = new_model(bases, text="llama-tied")
     wrapped = peft.get_peft_model(model, peft.LoraConfig(**LORA, init_lora_weights=False)).eval()
     inputs = inputs_of(model)
     with torch.no_grad():
         expected = wrapped(**inputs).logits
+        wrapped.merge_adapter()
+        with pytest.raises(ValueError, match="would be applied twice after loading. Unmerge it"):
+            model.save_pretrained(tmp_path, kind="full")
+        wrapped.unmerge_adapter()
         merged = wrapped.merge_and_unload()
-    merged.save_pretrained(tmp_path, kind="full")
-    assert not (tmp_path / "adapter").exists()
+    with pytest.raises(ValueError, match="would lose the trained weights"):
+        merged.save_pretrained(tmp_path, kind="projector")
+    merged.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file() and not (tmp_path / "adapter").exists()
     with torch.no_grad():
         loaded = SpeechLLMForConditionalGeneration.from_pretrained(tmp_path)(**inputs).logits
     torch.testing.assert_close(loaded, expected, atol=1e-5, rtol=0)

@@ -44,7 +44,7 @@ def test_a_batch_says_what_each_prompt_says_alone(speech, settings):
     assert len({tuple(answer) for answer in together}) > 1
 
 
-@pytest.mark.parametrize("text", ["gpt2", "gemma2", "gemma3", "qwen2"])
+@pytest.mark.parametrize("text", ["gpt2", "gemma2", "gemma3", "qwen2", "opt"])
 def test_the_cache_changes_nothing(text):
     model, _, batch, _ = model_and_inputs("whisper", text)
     assert torch.equal(model.generate(**batch, **GREEDY), model.generate(**batch, **GREEDY, use_cache=False))
@@ -145,6 +145,20 @@ def test_text_iterator_streamer_yields_the_answer():
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True)
     output = model.generate(**singles[0], **GREEDY, streamer=streamer)
     assert "".join(streamer) == processor.decode(output[0, singles[0]["input_ids"].shape[1] :])
+
+
+def test_a_draft_model_hears_the_audio_and_changes_nothing():
+    model, _, _, singles = model_and_inputs()
+    draft = enliven(tiny_model("hubert-layer", "qformer", "llama-untied"))
+    torch.manual_seed(5)
+    torch.nn.init.normal_(draft.model.projector.window_model.queries)
+    heard, encode = [], draft.model.encode_speech
+    draft.model.encode_speech = lambda *audio: (heard.append(len(audio[0])), encode(*audio))[1]
+    for inputs in singles[:2]:
+        options = {"do_sample": False, "max_new_tokens": 6}
+        assisted = model.generate(**inputs, **options, assistant_model=draft)
+        assert torch.equal(assisted, model.generate(**inputs, **options))
+    assert heard
 
 
 def test_a_second_turn_continues_from_the_cache():

@@ -97,9 +97,21 @@ def test_sampling_rates(processor, rate):
         processor.apply_chat_template(
             [chat, chat], tokenize=True, return_dict=True, processor_kwargs={"sampling_rate": rate}
         ),
+        processor.apply_chat_template(
+            [chat, chat], tokenize=True, return_dict=True, audio_kwargs={"sampling_rate": rate}
+        ),
     ]
     for inputs in by_chat:
         assert torch.equal(inputs["input_values"], batch["input_values"])
+
+
+def test_options_of_a_tokenizers_template(processor):
+    chats = [[user(audio(tone(0.5)), text)] for text in ("?", "Where?")]
+    batch = processor.apply_chat_template(chats, tokenize=True, return_dict=True, pad_to_multiple_of=64)
+    assert batch["input_ids"].shape[1] % 64 == 0
+    for option in ("return_assistant_tokens_mask", "sanitize_control_tokens"):
+        with pytest.raises(ValueError, match=f"There is no `{option}` here"):
+            processor.apply_chat_template(chats, tokenize=True, return_dict=True, **{option: True})
 
 
 def test_long_audio_is_cut_into_equal_segments(processor):

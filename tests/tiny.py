@@ -71,6 +71,10 @@ TEXT = {
     "gemma2": ("gemma2", {**LLM, "head_dim": 16, "sliding_window": 16, "final_logit_softcapping": 3.0}),
     "gemma3": ("gemma3_text", {**LLM, "head_dim": 16, "sliding_window": 16}),
     "gpt2": ("gpt2", dict(n_embd=32, n_layer=3, n_head=2, n_positions=1024)),
+    "opt": (
+        "opt",
+        dict(hidden_size=32, num_hidden_layers=3, ffn_dim=48, num_attention_heads=2, word_embed_proj_dim=32),
+    ),
 }
 PROJECTORS = {
     "qformer": dict(

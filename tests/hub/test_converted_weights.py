@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from hub_server import Discussion, Repository, running_hub
+from hub_server import WRITE_TOKEN, Discussion, Repository, running_hub
 from safetensors.torch import load_file
 from test_hub_round_trip import run
 
@@ -14,7 +14,8 @@ READER = """
 import sys
 import torch
 from safetensors.torch import load_file
-from speechllm import CheckpointError, SpeechLLMForConditionalGeneration as Model
+from pathlib import Path
+from speechllm import CheckpointError, SpeechLLMForConditionalGeneration as Model, SpeechLLMProcessor
 
 SMALL = dict(hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=48)
 model = Model.from_speech_text_pretrained("org/converted", "org/llm", **SMALL)
@@ -24,6 +25,11 @@ for loaded in (model, Model.from_pretrained("saved")):
     weights = loaded.model.speech_encoder.state_dict()
     for name, value in load_file(sys.argv[1]).items():
         assert torch.equal(weights[name], value), name
+hub = {"token": sys.argv[2], "cache_dir": "elsewhere"}  # which the base models take too
+Model.from_speech_text_pretrained("org/converted", "org/secret", **hub, **SMALL).save_pretrained("secret")
+Model.from_pretrained("secret", **hub, local_files_only=True)
+SpeechLLMProcessor.from_config(model.config.__class__.from_pretrained("secret"), **hub)
+assert Path("elsewhere/models--org--secret").is_dir()
 for name in ("refused", "outdated"):
     try:
         Model.from_speech_text_pretrained(f"org/{name}", "org/llm", **SMALL)
@@ -46,6 +52,8 @@ def test_the_hubs_own_conversion_of_the_same_weights_is_taken(bases, pickled, tm
     converted = (bases / "speech" / "model.safetensors").read_bytes()
     with running_hub() as hub:
         llm = hub.add("org/llm", bases / "llm")
+        hub.add("org/secret", bases / "llm")
+        hub.repositories["org/secret"].private = True
         for name, author in (("converted", "SFconvertbot"), ("refused", "somebody"), ("outdated", "SFconvertbot")):
             hub.add(f"org/{name}", pickled)
             repository: Repository = hub.repositories[f"org/{name}"]
@@ -55,7 +63,7 @@ def test_the_hubs_own_conversion_of_the_same_weights_is_taken(bases, pickled, tm
                 repository.commit({**repository.files(), "pytorch_model.bin": b"other weights"}, "retrain", "main")
             elif name == "converted":
                 offered = offer
-        script = ["-c", READER, bases / "speech" / "model.safetensors"]
+        script = ["-c", READER, bases / "speech" / "model.safetensors", WRITE_TOKEN]
         printed = run(hub.address, tmp_path, script, token=None).stdout.splitlines()
     assert printed[0] == f"{offered} {llm}"
     for line, name in zip(printed[1:], ("refused", "outdated"), strict=True):

@@ -63,7 +63,7 @@ for name, *options in (
 publish("org/full", "adapted", "--full", "--max-shard-size", "60KB", "--license", "mit")
 # From Python, a model that came from the Hub; then another kind of weights over it.
 model = Model.from_pretrained("org/projector", revision="v1")
-model.push_to_hub("org/pushed", private=True)
+model.push_to_hub("org/pushed", private=True, tags=["for-the-tests"], commit_description="At length.")
 model.save_pretrained("saved", kind="full", push_to_hub=True, repo_id="org/saved")
 model.push_to_hub("org/changed", kind="full")
 try:
@@ -201,7 +201,9 @@ def test_models_push_their_card(author, hub):
     """The one they were published with, made their own; one from a trainer's folder gets a new one."""
     changed, _ = list(hub.repositories["org/changed"].commits.values())[1:]
     assert_card(changed, "org/changed", "full", published_as="org/projector")
-    assert_card(hub.repositories["org/pushed"].files(), "org/pushed", "projector", published_as="org/projector")
+    pushed = hub.repositories["org/pushed"].files()
+    assert_card(pushed, "org/pushed", "projector", published_as="org/projector")
+    assert "- for-the-tests\n" in pushed["README.md"].decode()
     assert_card(hub.repositories["org/saved"].files(), "org/saved", "full", published_as="org/projector")
     assert_card(hub.repositories["org/fresh"].files(), "org/fresh", "projector")
     names = ("training_summary.json", "images/recall_per_layer.png")
