@@ -198,7 +198,8 @@ def test_published_settings(name):
             assert (settings.temperature, settings.prefix, settings.gather_negatives) == (0.1, "", False)
             assert not settings.symmetric and (data.minimum_seconds, data.maximum_seconds) == (1, 45)
         else:
-            assert settings.lora_rank == 0
+            assert settings.lora_rank == 0 and data.prompts == "drawn"
+            assert (data.minimum_seconds, data.maximum_seconds) == (1, 45 if name.endswith("asr") else 150)
 
 
 def test_the_papers_layers_and_similarities():

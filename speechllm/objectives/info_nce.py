@@ -21,7 +21,7 @@ def info_nce(
             without a partner ask for nothing, but are negatives for those that have one.
 
     Returns:
-        The loss in nats, a scalar; 0 if there is no pair. Chance is log(columns), and log(rows) for columns.
+        The loss in nats, a scalar in float32 (float64 for float64 similarities); 0 if there is no pair. Chance is log(columns), and log(rows) for columns.
 
     Raises:
         ValueError: if the matrix is not square and no `offset` is given.
@@ -31,6 +31,7 @@ def info_nce(
             f"The similarity matrix has shape {tuple(similarity.shape)}; it must be square, row i <-> column i, unless "
             "`offset` says which column belongs with row 0."
         )
+    similarity = similarity.to(torch.promote_types(similarity.dtype, torch.float32))
     logits, offset = similarity / temperature, offset or 0
     rows = torch.arange(max(0, min(logits.shape[0], logits.shape[1] - offset)), device=logits.device)
     columns = rows + offset

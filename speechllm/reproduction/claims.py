@@ -120,10 +120,13 @@ CLAIMS = (
     ),
     _claim(
         "traits",
-        "What the voice tells besides words is kept: contrastive pretraining is better than none at questions about it.",
+        "Contrastive pretraining is better than none at questions about what the voice tells besides words.",
         ("traits",), ("contr-cos-emb", *_ALL), ("none",),
     ),
 )  # fmt: skip
+
+
+DECODABLE = "Gender and noise stay decodable from the states, wherever they are without pretraining."
 
 
 def claims_of(scale: Scale) -> list[Claim]:
@@ -261,7 +264,7 @@ def decodability(probes: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, An
         )
     return {
         "name": "gender and noise",
-        "claim": "Gender and noise stay decodable from the states, wherever they are without pretraining.",
+        "claim": DECODABLE,
         "by_metric": judge(parts, len(rows) * len(STAYS)),
         "by_loss": {"verdict": "", "confirmed": "", "contradicted": "", "comparisons": []},
     }

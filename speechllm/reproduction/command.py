@@ -1,5 +1,6 @@
 """`speechllm reproduce`: prepare the data, run the cells, report."""
 
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -47,6 +48,10 @@ def reproduce(
         UsageError: if the recipes are not there, or there is no such row or study.
         CometUnavailable: if COMET is asked for and cannot run; before anything else is run, as far as that can be told.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError(
+            "`reproduce` starts its runs by itself, one on each GPU at most. Start it once, without a launcher."
+        )
     if comet is not None:
         find_environment(comet.get("python"))
     scale = SCALES[scale_name]

@@ -14,12 +14,13 @@ from typing import Any
 from ..evaluation import plots
 from ..evaluation.metrics.resampling import CorpusMetric
 from ..evaluation.page import inline_plot, render, strict_json, write_whole
-from .claims import Cells, claims_of, decodability, verdicts
+from .claims import CLAIMS, DECODABLE, Cells, Claim, claims_of, decodability, verdicts
 from .comet import comet_models, comet_scores
 from .intervals import Estimate, difference, mean_over_seeds
 from .measures import MEASURES, Measure, Prediction, metrics_of, read_predictions
 from .plan import Cell, Scale, with_starts
 from .run import read_result
+from .scales import SCALES
 from .stages import PREDICTIONS
 from .tables import about, markdown, tables_of
 
@@ -69,16 +70,42 @@ class Report:
             "scale": self.scale.name,
             "title": self.title,
             "command": self.command,
-            "notes": [*self.scale.notes, *self.scale.fine_tuning_notes, *left_out, *_unusable(found), *scored_by],
+            "notes": [
+                *self.scale.notes,
+                *self.scale.fine_tuning_notes,
+                *left_out,
+                *_unusable(found),
+                *scored_by,
+                *self._not_judged(),
+            ],
             "cells": {"planned": len(self.cells), "there": len(found)},
             "missing": [cell.name.removeprefix("cells/") for cell in self.cells if cell not in found],
             "seeds": sorted({cell.seed for cell in found}),
             "created": max((result["created"] for result in found.values()), default=None),
             "environments": _distinct(result["environment"] for result in found.values()),
-            "claims": verdicts(tested, claims_of(self.scale)) + self._decodability(found),
+            "claims": verdicts(tested, self._claims()) + self._decodability(found),
             "rows": {row: self._row(row, found, tested) for row in rows},
             "units": {task: len(metric.statistics) for (task, _), metric in _any(tested).items()},
         }
+
+    def _claims(self) -> list[Claim]:
+        """Of a study, those that it has all the comparisons of which the scale's grid has, and so no half of a claim."""
+        whole = {claim.name: claim for claim in claims_of(SCALES.get(self.scale.name, self.scale))}
+        return [
+            claim
+            for claim in claims_of(self.scale)
+            if len(claim.comparisons) >= len(whole.get(claim.name, claim).comparisons)
+        ]
+
+    def _not_judged(self) -> list[str]:
+        """A note on the claims that a scale has no rows for; a study is about something else."""
+        if self.name != "results":
+            return []
+        judged = {claim.name for claim in self._claims()}
+        missing = [claim.text for claim in CLAIMS if claim.name not in judged]
+        if not any(row.probed for row in self.scale.rows):
+            missing.append(DECODABLE)
+        return [f"Not judged here, for want of rows or data: {' '.join(missing)}"] if missing else []
 
     def _decodability(self, found: Mapping[Cell, dict[str, Any]]) -> list[dict[str, Any]]:
         probes = {cell.row: [result["probes"]] for cell, result in found.items() if cell.stage == "probing"}

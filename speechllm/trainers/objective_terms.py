@@ -23,7 +23,6 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional as F
 
 from ..data.items import AlignmentItems, FurtherInput
 from ..data.prompts import chat_of
@@ -31,6 +30,7 @@ from ..data.schema import Row
 from ..data.words import has_word_times, without_punctuation, word_spans
 from ..objectives.distillation import next_token_kl
 from ..objectives.mixed_speech_text import IGNORED, WordSpan, mixed_sequence, spoken_words
+from ..objectives.next_token import next_token_loss
 from ..objectives.norm import embedding_mean_square, scale_penalty
 from ..processing_speechllm import SpeechLLMProcessor
 from .aligned_states import AlignedStates
@@ -265,9 +265,10 @@ class ObjectiveTerms:
     def _cross_entropy(self, prompt: Prompt, speech_tokens: torch.Tensor) -> torch.Tensor:
         """Sum over the prompt's labels; the head runs on no other position."""
         states, labels = self._answer_states(prompt, speech_tokens), prompt["labels"][:, 1:]
+        speechllm = self.trainer.speechllm
         with self.trainer.accelerator.autocast():
-            logits = self.trainer.speechllm.compute_logits(states[None])[0]
-        return F.cross_entropy(logits.float(), labels[labels != IGNORED], reduction="sum")
+            head = lambda hidden: speechllm.compute_logits(hidden[None])[0]  # noqa: E731
+            return next_token_loss(states, labels[labels != IGNORED], head, reduction="sum")
 
     def _speech_tokens(self, states: AlignedStates) -> torch.Tensor:
         lengths = torch.tensor(self._speech_lengths(states.batch))

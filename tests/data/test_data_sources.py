@@ -90,6 +90,11 @@ def test_folders_with_transcripts(recordings):
     (folder / "transcripts.txt").write_text("0\ta wrong one\n0 again\ttext 0\n1 text 1\n2 text 2\n3 text 3\n")
     assert texts(str(folder))[1:] == ALL[1:] and texts(str(folder))[0] == "text 0"
     (folder / "0 again.wav").rename(folder / "0.wav")
+    (folder / "transcripts.txt").write_bytes(b"0 text 0\n1 text \xff\n2 text 2\ngone text 9\n")
+    loaded = load_source(str(folder))
+    assert [row["text"] for row in loaded.rows] == ["text 0", "text 2"]
+    assert sorted(item.kind for item in loaded.set_aside) == [
+        "no transcript", "no transcript", "recording missing", "text that is not UTF-8"]  # fmt: skip
     (folder / "metadata.csv").write_text("file_name,text\n" + "".join(f"{i}.wav,text {i}\n" for i in range(4)))
     assert texts(f"folder:{folder}") == ALL
     (recordings / "empty").mkdir()

@@ -45,6 +45,13 @@ def test_rows_and_columns_without_a_partner_are_negatives_only(shape, offset):
     assert info_nce(matrix[:0], offset=0, symmetric=True) == 0
 
 
+def test_coarse_similarities_are_summed_in_float32():
+    matrix = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = info_nce(matrix, symmetric=True)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, info_nce(matrix.double(), symmetric=True).float(), atol=1e-5, rtol=0)
+
+
 def test_the_temperature_may_be_learned():
     matrix = torch.randn(4, 4, dtype=torch.float64)
     log_temperature = torch.tensor(-1.0, dtype=torch.float64, requires_grad=True)

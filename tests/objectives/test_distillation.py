@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from speechllm.objectives import next_token_kl
+from speechllm.objectives import next_token_kl, next_token_loss
 
 
 POSITIONS, WIDTH, VOCABULARY = 23, 12, 101
@@ -108,3 +108,15 @@ def test_what_cannot_be(parts):
         next_token_kl(student, teacher, lambda states: states, direction="sideways")
     with pytest.raises(ValueError, match="reduction is 'none'"):
         next_token_kl(student, teacher, lambda states: states, reduction="none")
+
+
+def test_next_token_loss_is_that_of_torch():
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(5, 8, generator=generator).bfloat16()
+    table, labels = torch.randn(11, 8, generator=generator).bfloat16(), torch.tensor([3, 0, 10, 7, 7])
+    for reduction in ("mean", "sum"):
+        found = next_token_loss(states, labels, lambda hidden: hidden @ table.T, reduction=reduction)
+        expected = torch.nn.functional.cross_entropy((states @ table.T).float(), labels, reduction=reduction)
+        assert found.dtype == torch.float32 and torch.equal(found, expected)
+    with pytest.raises(ValueError, match=r"States have shape \(5, 8\) and labels \(4,\)"):
+        next_token_loss(states, labels[:4], lambda hidden: hidden)

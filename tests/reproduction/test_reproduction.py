@@ -563,6 +563,26 @@ def test_tables_of_what_was_never_planned_are_left_out(finished, tmp_path):
     assert "Not run yet." in (tmp_path / "run" / "results.md").read_text()
 
 
+def test_no_half_of_a_claim_is_judged():
+    """A study has few of the rows that a claim compares; a scale says which claims it has no rows for."""
+    reports = {
+        name: Report(scale_of(SCALES["tiny"], name), [], Path("nowhere"), "", f"study-{name}") for name in STUDIES
+    }
+    judged = {name: [claim.name for claim in report._claims()] for name, report in reports.items()}
+    assert judged["lora"] == judged["curve"] == [] and judged["data"] == ["more pretraining data"]
+    grid = Report(SCALES["tiny"], [], Path("nowhere"), "")
+    (note,) = grid._not_judged()
+    assert "More pretraining data helps." in note and "GigaSpeech" in note and "Gender" not in note
+    (note,) = Report(SCALES["paper"], [], Path("nowhere"), "")._not_judged()
+    assert "Gender and noise stay decodable" in note
+
+
+def test_runs_are_not_started_by_a_launcher(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="Start it once, without a launcher"):
+        reproduce("tiny", tmp_path, recipes=RECIPES)
+
+
 def test_an_oracle_is_trained_at_no_fraction_but_its_own():
     """Where only the projector is trained, there is nothing of it to train."""
     cells = plan(SCALES["paper"], RECIPES, fractions=(100, 0))

@@ -2,7 +2,7 @@
 
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,22 @@ def transcribed_folder(folder: Path, columns: dict[str, str] | None = None) -> I
         raise ManifestError(
             f"{folder} holds no recordings ({', '.join(AUDIO)}), and no manifest, shards or {METADATA[1]}."
         )
-    listed = _listed(folder / "transcripts.txt") if (folder / "transcripts.txt").is_file() else None
+    listed, transcripts = None, folder / "transcripts.txt"
+    if transcripts.is_file():
+        lines = text_lines(transcripts)
+        yield from (line for line in lines if isinstance(line, SetAside))
+        listed = _by_name(line for line in lines if isinstance(line, str))
+    unused = set(listed or ())
     for path in recordings:
         name = path.relative_to(folder).as_posix()
         if listed is not None:
             stem = name.removesuffix(path.suffix)
-            line = next((listed[key] for key in (name, stem, path.name, path.stem) if key in listed), "")
+            key = next((key for key in (name, stem, path.name, path.stem) if key in listed), None)
+            if key is None:
+                yield SetAside(name, f"{path} has no line in {transcripts}. Write it, or remove it.", "no transcript")
+                continue
+            line = listed[key]
+            unused.discard(key)
         else:
             beside = next((path.with_suffix(end) for end in TEXT if path.with_suffix(end).is_file()), None)
             if beside is None:
@@ -54,10 +64,13 @@ def transcribed_folder(folder: Path, columns: dict[str, str] | None = None) -> I
             broken = next((line for line in lines if isinstance(line, SetAside)), None)
             line = broken or " ".join(" ".join(lines).split())
         yield line if isinstance(line, SetAside) else {"id": name, "audio": str(path), "text": line}
+    for name in sorted(unused):
+        yield SetAside(name, f"{transcripts} has {name}, of which there is no recording.", "recording missing")
 
 
-def _listed(path: Path) -> dict[str, str]:
-    lines = [line.strip() for line in text_lines(path) if isinstance(line, str) and line.strip()]
+def _by_name(lines: Iterable[str]) -> dict[str, str]:
+    """Lines of "NAME<tab or space>TEXT" -> name -> text."""
+    lines = [line.strip() for line in lines if line.strip()]
     parts = [line.split("\t" if "\t" in line else None, maxsplit=1) for line in lines]  # names may hold spaces
     return {name.strip(): text[0].strip() if text else "" for name, *text in parts}
 

@@ -64,14 +64,14 @@ def _pair(folder: Path, split: str, code: str, tasks: list[str]) -> Iterator[Row
             yield SetAside(f"en-{code} {split}, line {number}", reason, "line counts that differ")
         return
     seen: Counter[str] = Counter()
-    for segment, english, translation in zip(segments, *sides.values()):
+    for number, (segment, english, translation) in enumerate(zip(segments, *sides.values()), 1):
         try:
             wav, offset, seconds = segment["wav"], float(segment["offset"]), float(segment["duration"])
         except (KeyError, TypeError, ValueError):
             reason = (
                 f"{text / split}.yaml: {segment} has no `wav`, `offset` and `duration` in seconds. Unpack it again."
             )
-            yield SetAside(f"en-{code} {split}", reason, "malformed row")
+            yield SetAside(f"en-{code} {split}, line {number}", reason, "malformed row")
             continue
         seen[wav] += 1
         name = f"{Path(wav).stem}_{seen[wav] - 1}"
