@@ -71,12 +71,8 @@ class Report:
             "title": self.title,
             "command": self.command,
             "notes": [
-                *self.scale.notes,
-                *self.scale.fine_tuning_notes,
-                *left_out,
-                *_unusable(found),
-                *scored_by,
-                *self._not_judged(),
+                *(*self.scale.notes, *self.scale.fine_tuning_notes, *self._not_judged()),
+                *(*left_out, *_unusable(found), *scored_by),
             ],
             "cells": {"planned": len(self.cells), "there": len(found)},
             "missing": [cell.name.removeprefix("cells/") for cell in self.cells if cell not in found],
@@ -94,7 +90,7 @@ class Report:
         return [
             claim
             for claim in claims_of(self.scale)
-            if len(claim.comparisons) >= len(whole.get(claim.name, claim).comparisons)
+            if {*whole.get(claim.name, claim).comparisons} <= {*claim.comparisons}
         ]
 
     def _not_judged(self) -> list[str]:

@@ -569,7 +569,8 @@ def test_no_half_of_a_claim_is_judged():
         name: Report(scale_of(SCALES["tiny"], name), [], Path("nowhere"), "", f"study-{name}") for name in STUDIES
     }
     judged = {name: [claim.name for claim in report._claims()] for name, report in reports.items()}
-    assert judged["lora"] == judged["curve"] == [] and judged["data"] == ["more pretraining data"]
+    assert judged["lora"] == [] and judged["curve"] == ["a tenth of the data"]
+    assert judged["data"] == ["more pretraining data"]
     grid = Report(SCALES["tiny"], [], Path("nowhere"), "")
     (note,) = grid._not_judged()
     assert "More pretraining data helps." in note and "GigaSpeech" in note and "Gender" not in note

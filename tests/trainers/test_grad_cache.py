@@ -31,7 +31,7 @@ def test_chunks_give_the_gradient_of_the_whole_batch(tmp_path, similarity, cache
     for size in (1, 3, 8):
         loss, gradient = stepped(contrastive(tmp_path, gradcache_chunk=size, **options))
         assert loss == pytest.approx(expected, abs=1e-5)
-        torch.testing.assert_close(gradient, expected_gradient, atol=1e-5, rtol=0)
+        assert (gradient - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
 
 
 def test_both_passes_of_a_chunk_drop_the_same(tmp_path):
