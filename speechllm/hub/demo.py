@@ -189,10 +189,10 @@ def checked_text(text: str | None, name: str) -> str:
 
 @dataclass
 class Request:
-    """An answer that is being given or waits for its turn. Gradio's own way to stop one, `cancels`, is an error in the
-    browser when the answer has just ended."""
+    """An answer that is being given or waits for its turn, and what was asked. Gradio's own way to stop one, `cancels`, is
+    an error in the browser when the answer has just ended."""
 
-    number: int
+    asked: tuple[str | None, str, str, str]  # see `Demo.answer`
     begun: bool = False
     ended: bool = False
     seen: bool = True  # whether the page still shows it
@@ -204,10 +204,9 @@ class Request:
 def demo_page(demo: Demo, name: str) -> gr.Blocks:
     """The page around a `Demo`; `name` is what it calls the model."""
 
-    async def begin(last):  # coroutines, as these run in the order of the clicks, and threads need not
+    async def begin(last, *asked):  # coroutines, as these run in the order of the clicks, and threads need not
         await end(last)
-        request = Request(1 if last is None else last.number + 1)
-        return request, request.number
+        return Request(asked)
 
     async def end(request, seen=True):
         if request is not None:
@@ -224,15 +223,14 @@ def demo_page(demo: Demo, name: str) -> gr.Blocks:
             message = as_message(error)
         return message, "", None, "", "", ""
 
-    def answer(request, number, path, task, language, question):
-        # The request is the last one by now, the other inputs are as they were at the click: `number` tells whether it is
-        # that click's. What was superseded or stopped while it waited is not answered.
-        if request.number != number or request.begun or request.ended:
+    def answer(request):  # the last one, by the time that the model is free: another may have waited for it too
+        if request.begun or request.ended:
+            yield gr.skip(), gr.skip()  # a generator of nothing would empty the page
             return
         request.begun = True
         yield "", ""
         try:
-            for text in itertools.takewhile(lambda _: not request.ended, demo.answer(path, task, language, question)):
+            for text in itertools.takewhile(lambda _: not request.ended, demo.answer(*request.asked)):
                 yield text, ""
         except Exception as error:
             yield "", as_message(error)
@@ -301,7 +299,7 @@ def demo_page(demo: Demo, name: str) -> gr.Blocks:
                 plan = gr.HTML(elem_id="plan")
 
         page.load(None, js=ARROW_KEYS)
-        request, number = gr.State(None, time_to_live=KEPT), gr.Number(visible=False)
+        request = gr.State(None, time_to_live=KEPT)
         hidden = dict(api_visibility="private")  # a page for people; programs have the server and the pipeline
         model_runs = dict(hidden, concurrency_id="model", concurrency_limit=1)
         again = dict(trigger_mode="multiple")  # or a click while the last one is being answered would be ignored
@@ -315,15 +313,15 @@ def demo_page(demo: Demo, name: str) -> gr.Blocks:
         gr.on(
             [ask.click, question.submit, language.submit],
             begin,
+            [request, recording, task, language, question],
             request,
-            [request, number],
             queue=False,
             show_progress="hidden",
             **again,
             **hidden,
         ).then(
             answer,
-            [request, number, recording, task, language, question],
+            request,
             [answer_text, answer_message],
             show_progress_on=answer_text,
             **again,

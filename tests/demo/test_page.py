@@ -90,7 +90,7 @@ def upload(page, path) -> None:
 
 
 def compare(page, sentence) -> None:
-    page.get_by_label("Sentence").fill(sentence)
+    page.get_by_role("textbox", name="Sentence").fill(sentence)
     page.get_by_role("button", name="Compare").click()
     expect(page.locator("#plan figure svg")).to_be_visible()
 

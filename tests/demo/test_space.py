@@ -61,8 +61,8 @@ def ask(client: httpx.Client, button: str, data: list) -> list:
     )
     second = [dependency for dependency in config["dependencies"] if dependency["trigger_after"] == first["id"]]
     if second:  # the first one only makes what the page keeps to itself
-        call(client, button, first, [None])
-        return call(client, button, second[0], [None, *data])
+        call(client, button, first, [None, *data])
+        return call(client, button, second[0], [None])
     return call(client, button, first, data)
 
 
