@@ -53,12 +53,12 @@ def layer_states(
     """Hidden states (batch, length, hidden size) of an LLM's body at the given indices, counted as in Transformers'
     `output_hidden_states`: 0 is the LLM's input, k is after layer k, the last is after the final norm.
 
-    With `[0]`, or none, the LLM does not run; where it adds learned positions to its input, as GPT-2 does, state 0 lacks
+    With `[0]`, or none, the LLM does not run; where it adds learned positions to its input, as GPT-2 and OPT do, state 0 lacks
     them.
 
     inputs_embeds: (batch, length, hidden size); kwargs: for the LLM, e.g. `attention_mask`.
     """
-    name, stack = layer_stack(language_model)
+    owner, name, stack = layer_stack(language_model)
     last, depth = max(layers, default=0), len(stack)
     if min(layers, default=0) < 0 or last > depth:
         raise ValueError(f"layers {layers}: this LLM has hidden states 0 (its input) to {depth} (its output).")
@@ -73,11 +73,11 @@ def layer_states(
         return hook
 
     hooks = [stack[index - 1].register_forward_hook(keep(index)) for index in layers if 0 < index < depth]
-    setattr(language_model, name, stack[:last])
+    setattr(owner, name, stack[:last])
     try:
         output = language_model(inputs_embeds=inputs_embeds, use_cache=False, return_dict=True, **kwargs)
     finally:
-        setattr(language_model, name, stack)
+        setattr(owner, name, stack)
         for hook in hooks:
             hook.remove()
     if last == depth:
@@ -85,10 +85,11 @@ def layer_states(
     return {index: states[index] for index in layers}
 
 
-def layer_stack(language_model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """An LLM's list of layers and the name that its architecture gives it."""
+def layer_stack(language_model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList]:
+    """The module that holds an LLM's list of layers (some have a decoder around it), its name there, and the list."""
     count = language_model.config.num_hidden_layers
-    for name, child in language_model.named_children():
-        if isinstance(child, nn.ModuleList) and len(child) == count:
-            return name, child
+    for owner in (language_model, *language_model.children()):
+        for name, child in owner.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                return owner, name, child
     raise ValueError(f"{type(language_model).__name__} has no list of {count} layers; per-layer states need one.")

@@ -170,7 +170,7 @@ class SpeechLLMModel(SpeechLLMPreTrainedModel):
     @property
     def llm_layers(self) -> nn.ModuleList:
         """The LLM's stack of layers, under whatever name its architecture gives it."""
-        return layer_stack(self.language_model)[1]
+        return layer_stack(self.language_model)[2]
 
     # ---- speech ----------------------------------------------------------------------------------------------------
 
