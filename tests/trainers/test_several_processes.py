@@ -30,7 +30,10 @@ def test_two_processes_train_as_one(name, two, tmp_path):
     one = run(name, tmp_path)
     for found in two:
         (first, whole), *later = zip(found[name]["gradients"], one["gradients"], strict=True)
-        assert (first - whole).norm() < 1e-5 * whole.norm()
+        if name == "wasserstein":  # whose sums of plans round with the order of the work: up to 1.5e-5 in elements of 5
+            assert (first - whole).norm() < 1e-5 * whole.norm()
+        else:
+            torch.testing.assert_close(first, whole, atol=1e-5, rtol=0)
         for gradient, expected in later:  # of weights that the optimiser moved by Adam's ratios of small gradients
             torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-3)
         for parameter, value in found[name]["weights"].items():
