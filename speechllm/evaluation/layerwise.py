@@ -39,7 +39,7 @@ from ..processing_speechllm import SpeechLLMProcessor
 from . import plots
 from .page import inline_plot, render, strict_json, write_whole
 from .pooled_states import pooled_speech, pooled_text
-from .retrieval import retrieval_metrics
+from .retrieval import retrieval_intervals, retrieval_metrics
 
 
 FEWEST = 4  # HSIC_1 needs so many pairs
@@ -74,8 +74,8 @@ def alignment_report(
         frames: cache of the encoder's frames (`trainers/frozen_states.py`).
 
     Returns:
-        `layers`: layer (as text) -> `recall@1`, `recall@5`, `mean_rank` and `text_to_speech_` of these, `loss` (nats, of
-        one utterance per distinct text), `modality_gap`, `cosine_pairs`, `cosine_within_text`, `cosine_within_speech`,
+        `layers`: layer (as text) -> `recall@1`, `recall@5`, `mean_rank` and `text_to_speech_` of these, their
+        `intervals` (95%, bootstrap over texts), `loss` (nats, of one utterance per distinct text), `modality_gap`, `cosine_pairs`, `cosine_within_text`, `cosine_within_speech`,
         `cosine_between`, `cka`; and `utterances`, `distinct_texts`, `chance` (of recall@1), `chance_mean_rank`,
         `chance_loss`, `transport`, `transport_left_out` (why, or `None`), `set_aside`. What cannot be measured is `None`.
 
@@ -123,8 +123,8 @@ def alignment_report(
 
 def layer_alignment(
     text: torch.Tensor, speech: torch.Tensor, names: list[str], temperature: float = 0.1
-) -> dict[str, float]:
-    """All measures of one layer.
+) -> dict[str, Any]:
+    """All measures of one layer, and the `intervals` of those of retrieval.
 
     Args:
         text, speech: (n, dim), pooled states of n pairs.
@@ -142,6 +142,7 @@ def layer_alignment(
     similarity = x @ y.T
     return {
         **retrieval_metrics(similarity, names),
+        "intervals": retrieval_intervals(similarity, names),
         "loss": terms["loss"].item(),
         "modality_gap": modality_gap(text, speech),
         "cosine_pairs": similarity.diagonal().mean().item(),
@@ -245,7 +246,7 @@ def write_alignment(report: Mapping[str, Any], plans: Mapping[str, Any], folder:
     write_whole(folder / "alignment.json", json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     figures = {**alignment_figures(report), **{name: (figure, "A transport plan.") for name, figure in plans.items()}}
     drawn = {name: inline_plot(figure, name, text, folder / "plots") for name, (figure, text) in figures.items()}
-    measures = list(next(iter(report["layers"].values())))
+    measures = [name for name in next(iter(report["layers"].values())) if name != "intervals"]
     template = Path(__file__).with_name("alignment.html.jinja")
     write_whole(folder / "alignment.html", render(template, report=report, figures=drawn, measures=measures))
 

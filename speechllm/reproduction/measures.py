@@ -15,6 +15,7 @@ import numpy as np
 
 from ..evaluation.metrics import corpus_metrics
 from ..evaluation.metrics.resampling import CorpusMetric
+from ..evaluation.retrieval import mean_of_queries
 
 
 Prediction = dict[str, Any]  # a line of predictions.jsonl, see `stages.predict`
@@ -84,6 +85,13 @@ def metrics_of(
         metrics["loss"] = CorpusMetric(np.array([[row["loss"], row["tokens"]] for row in rows]), _ratio)
         found |= {(task, name): metric.grouped([row["speech"] for row in rows]) for name, metric in metrics.items()}
     return found
+
+
+def recall_of(retrieval: Mapping[str, Any]) -> dict[str, CorpusMetric]:
+    """Layer -> recall@1, and "mean", that of the layers, with distinct texts as units. (`stages.retrieval`)"""
+    hits = {layer: np.array(ranks) <= 1 for layer, ranks in retrieval["ranks"].items()}
+    hits["mean"] = np.mean(list(hits.values()), axis=0)
+    return {name: mean_of_queries(found.astype(float), retrieval["text_of"]) for name, found in hits.items()}
 
 
 def _ratio(sums: np.ndarray) -> float:

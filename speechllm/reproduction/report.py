@@ -17,7 +17,7 @@ from ..evaluation.page import inline_plot, render, strict_json, write_whole
 from .claims import CLAIMS, DECODABLE, Cells, Claim, claims_of, decodability, verdicts
 from .comet import comet_models, comet_scores
 from .intervals import Estimate, difference, mean_over_seeds
-from .measures import MEASURES, Measure, Prediction, metrics_of, read_predictions
+from .measures import MEASURES, Measure, Prediction, metrics_of, read_predictions, recall_of
 from .plan import Cell, Scale, with_starts
 from .run import read_result
 from .scales import SCALES
@@ -184,6 +184,8 @@ def _pretraining(cells: list[Cell], found: Mapping[Cell, dict[str, Any]]) -> dic
         max(result["peak_memory_bytes"] for result in chain) for chain in chains
     )
     first = found[cells[0]]["retrieval"]
+    # Runs of earlier versions have no ranks, and so no intervals.
+    recalls = [recall_of(found[cell]["retrieval"]) for cell in cells if "ranks" in found[cell]["retrieval"]]
     own = [found[cell]["own_retrieval"] for cell in cells if "own_retrieval" in found[cell]]
     return {
         "seeds": [cell.seed for cell in cells],
@@ -202,6 +204,10 @@ def _pretraining(cells: list[Cell], found: Mapping[Cell, dict[str, Any]]) -> dic
                 "similarity": own[0]["similarity"],
                 "seeds": len(own),
                 "recall@1": statistics.mean(value for entry in own for value in entry["recall@1"].values()),
+            },
+            "recall@1_intervals": {
+                place: mean_over_seeds([metrics[place] for metrics in recalls]).interval
+                for place in (recalls[0] if recalls else ())
             },
             "recall@1_of_seeds": [statistics.mean(found[cell]["retrieval"]["recall@1"].values()) for cell in cells],
         },
@@ -246,10 +252,19 @@ def figures_of(results: dict[str, Any]) -> list[tuple[str, Any, str]]:
     rows = {name: results["rows"][name] for name in DRAWN if name in results["rows"]}
     rows |= dict(list(results["rows"].items())[: MOST_LINES - len(rows)])
     found = []
-    recalls = {name: row["pretraining"]["retrieval"]["recall@1"] for name, row in rows.items() if row["pretraining"]}
+    recalls = {
+        name: {
+            layer: (value, *retrieval["recall@1_intervals"].get(layer, ()))
+            for layer, value in retrieval["recall@1"].items()
+        }
+        for name, row in rows.items()
+        if (retrieval := row["pretraining"].get("retrieval"))
+    }
     if recalls:
         figure = plots.lines_per_place(recalls, "recall@1", limits=(0, 1))
-        found.append(("retrieval", figure, "Held-out retrieval per layer, one line per row of pretraining."))
+        found.append(
+            ("retrieval", figure, "Held-out retrieval per layer, one line per row of pretraining, with 95% intervals.")
+        )
     for measure in MEASURES:
         if measure.metric != "loss" and not measure.decides:
             continue

@@ -22,6 +22,7 @@ from transformers import PrinterCallback, ProgressCallback
 
 from ..data.schema import Row, audio_paths
 from ..evaluation.generation import TranscriptItems
+from ..evaluation.retrieval import retrieval_ranks
 from ..modeling_speechllm import SpeechLLMForConditionalGeneration
 from ..recipes import parse_settings
 from ..trainers import ContrastiveArguments, ContrastiveTrainer, FineTuningArguments, FineTuningTrainer
@@ -114,7 +115,7 @@ def _pretrain(cell: Cell, folder: Path) -> dict[str, Any]:
 
 def retrieval(trainer: ContrastiveTrainer, similarity: str = "cosine") -> dict[str, Any]:
     """Held-out retrieval at the LLM's input, every fifth layer and the last, by the cosine of mean tokens or another
-    similarity."""
+    similarity. `text_of` numbers what each utterance says, and `ranks` are those of its transcript, layer by layer."""
     settings = trainer.args
     arguments = ContrastiveArguments(
         output_dir=settings.output_dir,
@@ -129,10 +130,16 @@ def retrieval(trainer: ContrastiveTrainer, similarity: str = "cosine") -> dict[s
     )
     measure = ContrastiveTrainer(trainer.speechllm, arguments, None, trainer.eval_rows, trainer.processing_class)
     metrics = _quiet(measure).evaluate()
+    said = measure.held_out_texts
     return {
-        "texts": len(measure.eval_rows),
+        "texts": len(said),
         "layers": measure.all_layers,
         "loss": metrics["eval_loss"],
+        "text_of": [*map(list(dict.fromkeys(said)).index, said)],
+        "ranks": {
+            str(layer): retrieval_ranks(matrix, said)[""].tolist()
+            for layer, matrix in measure.held_out_similarity.items()
+        },
         **{
             name: {str(layer): metrics[f"eval_{name}_layer_{layer}"] for layer in measure.all_layers}
             for name in ("recall@1", "recall@5", "mean_rank", "text_to_speech_recall@1")

@@ -115,18 +115,20 @@ def _pretraining(results: Results) -> Table:
         "Pretrained: held-out retrieval",
         [*header, *(f"layer {layer}" for layer in layers)],
         "Per cent of utterances whose transcript is the nearest of all, by the cosine of mean states (and, for rows trained "
-        "with another similarity, by that one).",
+        "with another similarity, by that one), with the mean's 95% interval (seeds and test texts).",
     )
     for name, row in results["rows"].items():
         if entry := row["pretraining"]:
             recall = entry["retrieval"]
             values = list(recall["recall@1"].values())
+            ends = recall["recall@1_intervals"].get("mean")
             seeds = ", ".join(f"{100 * value:.0f}" for value in recall["recall@1_of_seeds"])
             table.lines.append(
                 [
                     name,
                     str(len(entry["seeds"])),
-                    f"{100 * statistics.mean(values):.1f}",
+                    f"{100 * statistics.mean(values):.1f}"
+                    + (f" [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]" if ends else ""),
                     f"{100 * recall['own']['recall@1']:.1f}" if recall["own"] else "",
                     seeds,
                     *(f"{100 * value:.0f}" for value in values),

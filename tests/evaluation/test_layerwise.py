@@ -85,6 +85,7 @@ def test_gap_and_cka_are_two_things():
     assert measured["cka"] == pytest.approx(1, abs=1e-9) and measured["modality_gap"] > 0.8
     assert measured["cosine_within_speech"] > 0.8 > 0.2 > abs(measured["cosine_within_text"])
     together = layer_alignment(text, text, [str(i) for i in range(30)])
+    assert together["intervals"]["recall@1"] == [1, 1] and together["intervals"]["text_to_speech_mean_rank"] == [1, 1]
     assert together["modality_gap"] == 0 and together["recall@1"] == 1 and together["cosine_pairs"] == pytest.approx(1)
 
 

@@ -1,12 +1,14 @@
 """Retrieval and nearest tokens on cases small enough to count by hand."""
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 from tiny import tiny_processor
 from tiny_training import tiny_rows, tiny_trainable
 
 from speechllm.evaluation.nearest_tokens import nearest_tokens
-from speechllm.evaluation.retrieval import retrieval_metrics
+from speechllm.evaluation.retrieval import retrieval_intervals, retrieval_metrics, retrieval_ranks
 
 
 def test_retrieval_by_hand():
@@ -26,6 +28,32 @@ def test_equal_texts_ties_and_not_a_number():
     assert retrieval_metrics(similarity, ["same", "same"])["recall@1"] == 1
     assert retrieval_metrics(torch.ones(4, 4), list("abcd"))["recall@1"] == 0  # a collapsed model is no good one
     assert retrieval_metrics(torch.full((4, 4), torch.nan), list("abcd"))["recall@1"] == 0
+
+
+def test_intervals_are_those_of_scipys_bootstrap():
+    """Percentiles of 1,000 and of 10,000 draws differ by a fraction of the standard error."""
+    similarity = torch.randn(60, 60, generator=torch.Generator().manual_seed(0)) + 2 * torch.eye(60)
+    texts = [str(i) for i in range(60)]
+    found, values = retrieval_intervals(similarity, texts), retrieval_metrics(similarity, texts)
+    assert found.keys() == values.keys()
+    ranks = retrieval_ranks(similarity, texts)
+    for name, queries in {
+        "recall@1": ranks[""] <= 1,
+        "text_to_speech_recall@5": ranks["text_to_speech_"] <= 5,
+        "mean_rank": ranks[""],
+    }.items():
+        queries = queries.double().numpy()
+        expected = stats.bootstrap((queries,), np.mean, n_resamples=10_000, method="percentile", rng=0)
+        assert found[name] == pytest.approx(list(expected.confidence_interval), abs=0.2 * expected.standard_error)
+
+
+def test_utterances_of_one_text_are_one_unit_of_the_intervals():
+    """Ten utterances of each of two texts, of which all of one are found: not 20 independent ones."""
+    similarity = torch.eye(2).repeat_interleave(10, 0).repeat_interleave(10, 1)
+    similarity[:10, 10:] = 2  # the second text's utterances are nearest to the first
+    found = retrieval_intervals(similarity, ["a"] * 10 + ["b"] * 10)
+    assert retrieval_metrics(similarity, ["a"] * 10 + ["b"] * 10)["recall@1"] == 0.5
+    assert found["recall@1"] == [0, 1]
 
 
 def test_nearest_tokens_are_one_per_speech_token():

@@ -155,6 +155,8 @@ def test_grid(finished):
     assert pretrained["steps"] == 3 and len(pretrained["history"]) == 3 and pretrained["llm_tokens"] > 0
     assert pretrained["seconds"] > 0 and pretrained["peak_memory_bytes"] > 1e7
     assert pretrained["retrieval"]["texts"] == 8 and set(pretrained["retrieval"]["recall@1"]) == {"0", "3"}
+    ranks = pretrained["retrieval"]["ranks"]["3"]
+    assert len(ranks) == 8 and sum(ranks) / 8 == pytest.approx(pretrained["retrieval"]["mean_rank"]["3"])
     tested = results["fine-tuning/contr-cos-all-100-percent-seed-0"]
     assert tested["steps"] == 2 and tested["test_rows"] == 8
     lines = (output / "cells/fine-tuning/contr-cos-all-100-percent-seed-0/predictions.jsonl").read_text().splitlines()
@@ -180,6 +182,13 @@ def test_report(finished):
     low, high = entry["interval"]
     assert low < entry["value"] < high and entry["value"] == pytest.approx(sum(entry["seeds"]) / 2)
     assert set(entry["against_none"]) >= {"value", "interval", "p"}
+    retrieval = results["rows"]["contr-cos-all"]["pretraining"]["retrieval"]
+    low, high = retrieval["recall@1_intervals"]["mean"]
+    assert low <= sum(retrieval["recall@1"].values()) / 2 <= high and retrieval["recall@1_intervals"].keys() == {
+        "0",
+        "3",
+        "mean",
+    }
     claim = next(claim for claim in results["claims"] if claim["name"] == "all layers")
     assert claim["by_metric"]["run"] == 2 and claim["by_metric"]["planned"] == 4
     assert claim["by_metric"]["verdict"] == "undecided"
