@@ -421,7 +421,8 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
             loss = loss / (count.to(loss.device) if isinstance(count, torch.Tensor) else count)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.compute_logits(hidden[:, kept])
+            # A product with a part of a tensor would be one per row, each with its own copy of the head's weights (CPU).
+            logits = self.compute_logits(hidden[:, kept].contiguous())
             if labels is not None:
                 loss = self.loss_function(
                     logits, labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items_in_batch, **kwargs

@@ -50,6 +50,17 @@ def test_the_cache_changes_nothing(text):
     assert torch.equal(model.generate(**batch, **GREEDY), model.generate(**batch, **GREEDY, use_cache=False))
 
 
+def test_the_head_gets_the_last_states_in_one_piece():
+    """A view into the prompt's states would make PyTorch copy the head's weights once per row on CPUs."""
+    model, _, batch, _ = model_and_inputs()
+    contiguous = []
+    model.get_output_embeddings().register_forward_pre_hook(
+        lambda module, inputs: contiguous.append((inputs[0].shape[:2], inputs[0].is_contiguous()))
+    )
+    model.generate(**batch, **GREEDY)
+    assert contiguous == [((4, 1), True)] * 6
+
+
 def test_the_audio_is_heard_once_per_prompt_with_a_cache():
     model, _, batch, _ = model_and_inputs()
     calls = []

@@ -215,9 +215,9 @@ def answer_losses(model: SpeechLLMForConditionalGeneration, trainer: FineTuningT
         batch = trainer.on_device(batch)
         if not batch["weight"]:
             continue
-        inputs = {name: value for name, value in batch.items() if name not in ("rows", "weight", "set_aside")}
+        inputs = trainer.answer_inputs(batch)
         logits = model(**inputs, answer_logits_only=True).logits.float()
-        targets = batch["labels"][:, 1:]
+        targets = inputs["labels"][:, 1:]
         counts = (targets != -100).sum(1).tolist()
         losses = torch.nn.functional.cross_entropy(logits, targets[targets != -100], reduction="none").split(counts)
         for row, loss in zip(batch["rows"], losses):

@@ -10,6 +10,7 @@ import copy
 import logging
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -141,13 +142,16 @@ class FineTuningTrainer(SpeechLLMTrainer):
         return self._llm_is_frozen or not self.is_deepspeed_enabled
 
     def _keys_and_values(self, start: torch.Tensor) -> Any:
-        self.llm_tokens += len(start)
-        with self.accelerator.autocast():  # as the wrapped model's own pass, with bf16 or fp16
+        training = self.speechllm.training
+        self.llm_tokens += len(start) if training else 0
+        # In training as the wrapped model's own pass, with bf16 or fp16
+        with self.accelerator.autocast() if training else nullcontext():
             return self.headless.language_model(input_ids=start[None], use_cache=True).past_key_values
 
     def _without_start(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch without the prompt's shared start, and that start's keys and values instead."""
-        frozen, length = self._llm_is_frozen, self._shared_start(batch["input_ids"])
+        """The batch without the prompt's shared start, and that start's keys and values instead. In training with a frozen
+        LLM, they are computed once."""
+        frozen, length = self._llm_is_frozen and self.speechllm.training, self._shared_start(batch["input_ids"])
         if frozen and self._prompt_start is not None and self._prompt_start[0].shape[0] <= length:
             length = self._prompt_start[0].shape[0]
         start = batch["input_ids"][0, :length]
@@ -170,6 +174,12 @@ class FineTuningTrainer(SpeechLLMTrainer):
 
     def _model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in batch.items() if name not in ("rows", "weight", "set_aside")}
+
+    def answer_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """What the model takes of a batch, without the prompt's shared start where that can be left out: the same loss of
+        the answers for less work."""
+        inputs = self._model_inputs(batch)
+        return self._without_start(inputs) if self._shares_start else inputs
 
     def _with_noise(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch with random tokens of the LLM in the place of some of the answers' (`answer_noise`); labels stay."""
@@ -244,7 +254,7 @@ class FineTuningTrainer(SpeechLLMTrainer):
         total = torch.zeros(2, dtype=torch.float64)
         for batch in self.eval_batches(dataset):
             batch = self.on_device(batch)
-            loss = self.speechllm(**self._model_inputs(batch), answer_logits_only=True, num_items_in_batch=1).loss
+            loss = self.speechllm(**self.answer_inputs(batch), answer_logits_only=True, num_items_in_batch=1).loss
             if batch["weight"]:  # else a stand-in, which ran only because other processes may wait for it
                 total += torch.tensor([loss.item(), (batch["labels"][:, 1:] != -100).sum().item()], dtype=torch.float64)
         if self.args.world_size > 1:

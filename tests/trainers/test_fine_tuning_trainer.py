@@ -63,6 +63,29 @@ def test_a_trained_llm_shares_the_prompts_start_within_a_step(tmp_path):
     torch.testing.assert_close(shared, whole, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_the_held_out_loss_shares_the_prompts_start(tmp_path, lora_rank):
+    """The same loss for fewer tokens, in the precision of evaluation: none of it is training's autocast."""
+    model = tiny_trainable()
+    processor = system_processor(model, "Listen closely and answer in one sentence.")
+    options = {"lora_rank": lora_rank, "bf16": True, "predict_with_generate": False}
+    trainer = fine_tuning(tmp_path, model, processor=processor, **options)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    lengths: list[int] = []
+    model.register_forward_pre_hook(
+        lambda module, _, inputs: lengths.append(inputs["input_ids"].shape[1]), with_kwargs=True
+    )
+    tokens, shared = trainer.llm_tokens, trainer.evaluate(tiny_rows(6))["eval_loss"]
+    assert trainer.llm_tokens == tokens  # counts what training costs
+    short = max(lengths)
+    trainer._without_start = lambda batch: batch
+    assert shared == pytest.approx(trainer.evaluate(tiny_rows(6))["eval_loss"], abs=1e-5)
+    assert short < max(lengths) / 1.3
+
+
 def test_under_autocast_all_of_lora_runs_in_bfloat16(tmp_path):
     """In the pass over the prompt's shared start, too."""
     model = tiny_trainable().to(torch.bfloat16)
