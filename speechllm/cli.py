@@ -104,16 +104,17 @@ def _train(command: Callable, arguments: list[str], settings_type: type, trainer
 def align(arguments: list[str]) -> None:
     """write word times into a manifest, for mixed speech-text pretraining"""
     parser = _parser("align", align)
-    parser.add_argument("--data", required=True, help="manifest with `audio` and `text`: .jsonl, .json, .csv or .tsv")
+    parser.add_argument("--data", required=True, help="manifest with `audio` and `text`, or another source of data")
     parser.add_argument("--output", required=True, help="manifest to write: .jsonl")
     parser.add_argument(
         "--ctc_model", help="CTC recogniser (folder or Hub id); without one, words share the time by their lengths"
     )
     parser.add_argument("--device", help="e.g. cuda:0 (default: a GPU if there is one, else the CPU)")
+    parser.add_argument("--strict", action="store_true", help="stop at the first utterance that cannot be used")
     options = parser.parse_args(arguments)
     from .data.forced_alignment import align_manifest
 
-    counts = align_manifest(options.data, options.output, options.ctc_model, options.device)
+    counts = align_manifest(options.data, options.output, options.ctc_model, options.device, options.strict)
     print(f"{counts['forced']} utterance(s) aligned, {counts['proportional']} timed by the length of their words alone")
     if counts["unknown"]:
         print(f"{counts['unknown']} character(s) that the CTC model lacks were passed over")

@@ -27,7 +27,8 @@ from ..audio_speechllm import AudioError, load_audio
 from ..base_models_speechllm import explained
 from ..configuration_speechllm import SAMPLING_RATE
 from .manifests import json_line, written_audio
-from .schema import ManifestError, Row, SetAside, load_rows
+from .schema import ManifestError, Row, SetAside
+from .sources import load_source
 
 
 logger = logging.getLogger(__name__)
@@ -179,27 +180,35 @@ def aligned_row(row: Row, aligner: ForcedAligner | None) -> Row:
     return {**row, "words": proportional_words(row["text"], seconds), "alignment": "proportional"}
 
 
-def align_manifest(data: str, output: str, ctc_model: str | None = None, device: str | None = None) -> dict[str, int]:
-    """Align a manifest's rows and write them to another. Rows that cannot be used are left out and listed in
+def align_manifest(
+    data: str, output: str, ctc_model: str | None = None, device: str | None = None, strict: bool = False
+) -> dict[str, int]:
+    """Align a source's rows and write them to a manifest. Rows that cannot be used are left out and listed in
     `.set_aside.jsonl` beside it. A run that was cut short goes on where it was; the output appears when it is complete.
 
     Args:
-        data, output: manifests; `output` must end in .jsonl.
+        data: a manifest or another source (`sources.py`).
+        output: manifest; must end in .jsonl.
         ctc_model, device: see `ForcedAligner`; without a model all alignments are proportional.
+        strict: stop at the first row that cannot be used.
 
     Returns:
         How many rows are `forced`, `proportional` and `set_aside`, and how many `unknown` characters were passed over
         (in this run).
 
     Raises:
-        ManifestError: if `data` cannot be read, `output` does not end in .jsonl, or no row can be aligned.
+        ManifestError: if `data` cannot be read, `output` does not end in .jsonl, or no row can be aligned; with `strict`,
+            if one cannot.
     """
     target = Path(output)
     if target.suffix != ".jsonl":
         raise ManifestError(f"{output}: aligned rows are written as JSON Lines. Give a path that ends in .jsonl.")
-    rows = load_rows(data)
+    loaded = load_source(data, for_training=False)
+    rows = loaded.rows
+    _stop_if(strict, loaded.set_aside)
     target.parent.mkdir(parents=True, exist_ok=True)
-    settings = json.dumps([str(Path(data).resolve()), os.path.getmtime(data), ctc_model])
+    place = [str(Path(data).resolve()), os.path.getmtime(data)] if Path(data).exists() else [data]
+    settings = json.dumps([*place, ctc_model])
     partial = target.with_name(f"{target.name}.{hashlib.sha256(settings.encode()).hexdigest()[:12]}.partial")
     done = _complete_lines(partial)
     aligner = ForcedAligner(ctc_model, device) if ctc_model and len(done) < len(rows) else None
@@ -208,15 +217,18 @@ def align_manifest(data: str, output: str, ctc_model: str | None = None, device:
             try:
                 result = _portable(aligned_row(row, aligner), target)
             except (AudioError, AlignmentError) as error:
+                item = SetAside(row["id"], str(error))
+                _stop_if(strict, [item])
                 logger.warning("Set aside: %s", error)
-                result = {"set_aside": {"id": row["id"], "reason": str(error)}}
+                result = {"set_aside": {"id": item.id, "reason": item.reason}}
             done.append(result)
             file.write(json_line(result))
             file.flush()
     kept = [row for row in done if "set_aside" not in row]
-    set_aside = [SetAside(**row["set_aside"]) for row in done if "set_aside" in row]
+    set_aside = loaded.set_aside + [SetAside(**row["set_aside"]) for row in done if "set_aside" in row]
+    _stop_if(strict, set_aside)  # those of a run that was not strict
     if not kept:
-        raise ManifestError(f"{data}: none of the {len(rows)} rows can be aligned; the first: {set_aside[0].reason}")
+        raise ManifestError(f"{data}: none of its rows can be aligned; the first: {set_aside[0].reason}")
     listed = target.with_suffix(".set_aside.jsonl")
     if set_aside:
         _write_lines(listed, [vars(item) for item in set_aside])
@@ -231,6 +243,11 @@ def align_manifest(data: str, output: str, ctc_model: str | None = None, device:
         "set_aside": len(set_aside),
         "unknown": aligner.unknown.total() if aligner else 0,
     }
+
+
+def _stop_if(strict: bool, set_aside: list[SetAside]) -> None:
+    if strict and set_aside:
+        raise ManifestError(f"{set_aside[0].reason} (--strict stops here.)")
 
 
 def _complete_lines(path: Path) -> list[Row]:

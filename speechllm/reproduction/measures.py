@@ -45,6 +45,8 @@ MEASURES = (
     Measure("st", "bleu", "ST BLEU", True, decides=True),
     Measure("st", "chrf++", "ST chrF++", True),
     Measure("st", "comet", "ST COMET", True, factor=100),
+    Measure("st", "term_coverage", "ST term coverage %", True, factor=100),  # MuST-SHE: gender in what is written
+    Measure("st", "gender_accuracy", "ST gender accuracy %", True, factor=100),
     Measure("sqa", "f1", "SQA F1", True, decides=True),
     Measure("sqa", "exact_match", "SQA EM", True),
     Measure("traits", "accuracy", "traits accuracy %", True, factor=100, decides=True),
@@ -87,11 +89,14 @@ def metrics_of(
     return found
 
 
-def recall_of(retrieval: Mapping[str, Any]) -> dict[str, CorpusMetric]:
-    """Layer -> recall@1, and "mean", that of the layers, with distinct texts as units. (`stages.retrieval`)"""
-    hits = {layer: np.array(ranks) <= 1 for layer, ranks in retrieval["ranks"].items()}
+def recall_of(retrieval: Mapping[str, Any], language: str | None = None) -> dict[str, CorpusMetric]:
+    """Layer -> recall@1, and "mean", that of the layers, with distinct texts as units; of one language's utterances, among
+    all transcripts, if it is given. (`stages.retrieval`)"""
+    texts = np.array(retrieval["text_of"])
+    asked = np.full(len(texts), True) if language is None else np.array(retrieval["language_of"]) == language
+    hits = {layer: np.array(ranks)[asked] <= 1 for layer, ranks in retrieval["ranks"].items()}
     hits["mean"] = np.mean(list(hits.values()), axis=0)
-    return {name: mean_of_queries(found.astype(float), retrieval["text_of"]) for name, found in hits.items()}
+    return {name: mean_of_queries(found.astype(float), texts[asked].tolist()) for name, found in hits.items()}
 
 
 def _ratio(sums: np.ndarray) -> float:

@@ -185,7 +185,8 @@ def _pretraining(cells: list[Cell], found: Mapping[Cell, dict[str, Any]]) -> dic
     )
     first = found[cells[0]]["retrieval"]
     # Runs of earlier versions have no ranks, and so no intervals.
-    recalls = [recall_of(found[cell]["retrieval"]) for cell in cells if "ranks" in found[cell]["retrieval"]]
+    ranked = [found[cell]["retrieval"] for cell in cells if "ranks" in found[cell]["retrieval"]]
+    recalls = [recall_of(retrieval) for retrieval in ranked]
     own = [found[cell]["own_retrieval"] for cell in cells if "own_retrieval" in found[cell]]
     return {
         "seeds": [cell.seed for cell in cells],
@@ -209,9 +210,26 @@ def _pretraining(cells: list[Cell], found: Mapping[Cell, dict[str, Any]]) -> dic
                 place: mean_over_seeds([metrics[place] for metrics in recalls]).interval
                 for place in (recalls[0] if recalls else ())
             },
+            "by_language": _by_language(ranked),
             "recall@1_of_seeds": [statistics.mean(found[cell]["retrieval"]["recall@1"].values()) for cell in cells],
         },
     }
+
+
+def _by_language(retrievals: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Where speech is in several languages: of each, recall@1 among the transcripts of all, and its interval, by layer and
+    as their "mean"."""
+    spoken = sorted({name for retrieval in retrievals for name in retrieval.get("language_of", []) if name})
+    found = {}
+    for language in spoken if len(spoken) > 1 else ():
+        metrics = [recall_of(retrieval, language) for retrieval in retrievals]
+        estimates = {place: mean_over_seeds([of_seed[place] for of_seed in metrics]) for place in metrics[0]}
+        found[language] = {
+            "utterances": retrievals[0]["language_of"].count(language),
+            "recall@1": {place: estimate.value for place, estimate in estimates.items()},
+            "intervals": {place: estimate.interval for place, estimate in estimates.items()},
+        }
+    return found
 
 
 def _tested(seeds: Mapping[int, Any], row: str, percent: int, tested: Cells) -> dict[str, Any]:

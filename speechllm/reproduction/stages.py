@@ -36,7 +36,7 @@ from .probing import probe_cell
 
 PREDICTIONS = "predictions.jsonl"
 # Columns of a test row that its prediction keeps: references, and what metrics need
-KEPT = ("text", "target", "answers", "target_language", "trait", "choices")
+KEPT = ("text", "target", "answers", "target_language", "gender_terms", "category", "trait", "choices")
 
 
 def run_cell(cell: Cell, output: Path) -> dict[str, Any]:
@@ -115,7 +115,8 @@ def _pretrain(cell: Cell, folder: Path) -> dict[str, Any]:
 
 def retrieval(trainer: ContrastiveTrainer, similarity: str = "cosine") -> dict[str, Any]:
     """Held-out retrieval at the LLM's input, every fifth layer and the last, by the cosine of mean tokens or another
-    similarity. `text_of` numbers what each utterance says, and `ranks` are those of its transcript, layer by layer."""
+    similarity. Of each utterance, `text_of` numbers what it says, `language_of` names its language, and
+    `ranks` are those of its transcript, layer by layer."""
     settings = trainer.args
     arguments = ContrastiveArguments(
         output_dir=settings.output_dir,
@@ -130,11 +131,12 @@ def retrieval(trainer: ContrastiveTrainer, similarity: str = "cosine") -> dict[s
     )
     measure = ContrastiveTrainer(trainer.speechllm, arguments, None, trainer.eval_rows, trainer.processing_class)
     metrics = _quiet(measure).evaluate()
-    said = measure.held_out_texts
+    said = [measure.batch_key(row) for row in measure.held_out_rows]
     return {
         "texts": len(said),
         "layers": measure.all_layers,
         "loss": metrics["eval_loss"],
+        "language_of": [row.get("language") for row in measure.held_out_rows],
         "text_of": [*map(list(dict.fromkeys(said)).index, said)],
         "ranks": {
             str(layer): retrieval_ranks(matrix, said)[""].tolist()

@@ -54,6 +54,7 @@ def tables_of(results: Results) -> list[Table]:
     tables = [
         *([_claims(results)] if results["claims"] else []),
         _pretraining(results),
+        *_by_language(results),
         _fine_tuned(results, "Fine-tuned: the field's metrics", others, legend),
         _fine_tuned(results, "Fine-tuned: loss of the right answers, nats per token", losses, legend),
         _fine_tuned(results, "Fine-tuned: traits one by one, accuracy %", traits, legend),
@@ -135,6 +136,24 @@ def _pretraining(results: Results) -> Table:
                 ]
             )
     return table
+
+
+def _by_language(results: Results) -> list[Table]:
+    """Retrieval of each language's utterances, if there are several."""
+    lines = []
+    for name, row in results["rows"].items():
+        for language, found in row["pretraining"].get("retrieval", {}).get("by_language", {}).items():
+            percents = {place: 100 * value for place, value in found["recall@1"].items()}
+            low, high = (100 * end for end in found["intervals"]["mean"])
+            mean = f"{percents.pop('mean'):.1f} [{low:.1f}, {high:.1f}]"
+            layers = list(percents)
+            values = [f"{value:.0f}" for value in percents.values()]
+            lines.append([name, language, str(found["utterances"]), mean, *values])
+    if not lines:
+        return []
+    header = ["row", "language", "utterances", "recall@1, mean of layers", *(f"layer {layer}" for layer in layers)]
+    note = "Per cent of a language's utterances whose transcript is the nearest among those of all languages."
+    return [Table("Pretrained: held-out retrieval by language", header, note, lines)]
 
 
 def _probed(results: Results) -> list[Table]:

@@ -494,7 +494,7 @@ class ContrastiveTrainer(SpeechLLMTrainer):
         dataset = self._evaluated(eval_dataset)
         texts, utterances, own_terms = self._held_out_tokens(dataset)
         rows = [dataset.rows[i] for i in sorted(texts)]
-        self.held_out_texts = [self.batch_key(row) for row in rows]
+        self.held_out_rows, texts_of_rows = rows, [self.batch_key(row) for row in rows]
         self.held_out_similarity = held_out_matrices(
             self.similarity, texts, utterances, self.args.device, self.args.world_size
         )
@@ -508,7 +508,7 @@ class ContrastiveTrainer(SpeechLLMTrainer):
             loss = info_nce(matrix, temperature=float(self._temperature()), symmetric=self.args.symmetric).item()
             metrics["loss"] += loss
             metrics[f"loss_layer_{layer}"] = loss
-            for name, value in retrieval_metrics(matrix, self.held_out_texts).items():
+            for name, value in retrieval_metrics(matrix, texts_of_rows).items():
                 metrics[f"{name}_layer_{layer}"] = value
         self.held_out_recall = {layer: metrics[f"recall@1_layer_{layer}"] for layer in self.held_out_similarity}
         for name in ("recall@1", "recall@5"):

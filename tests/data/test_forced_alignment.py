@@ -254,8 +254,27 @@ def test_bad_usage(manifest, tmp_path, capsys):
         error = capsys.readouterr().err
         assert word in error and "Traceback" not in error
     manifest.write_text(json.dumps({"audio": "bad.wav", "text": "a"}))
-    with pytest.raises(ManifestError, match="none of the 1 rows"):
+    with pytest.raises(ManifestError, match="none of its rows"):
         align_manifest(str(manifest), str(tmp_path / "x.jsonl"))
+
+
+def test_what_cannot_be_used_is_set_aside_or_ends_a_strict_run(manifest, tmp_path, capsys):
+    """Missing files, duplicate ids and bad audio alike, whether they are found before or on the way."""
+    rows = [
+        {"id": "good", "audio": "0.wav", "text": "a cab"},
+        {"id": "gone", "audio": "gone.wav", "text": "a"},
+        {"id": "good", "audio": "0.wav", "text": "a"},
+        {"id": "broken", "audio": "bad.wav", "text": "a"},
+    ]
+    output = tmp_path / "aligned.jsonl"
+    arguments = ["align", "--data", str(manifest), "--output", str(output)]
+    for some in ([rows[0], rows[3]], rows):  # the first finds what cannot be used on the way
+        manifest.write_text("".join(json.dumps(row) + "\n" for row in some))
+        assert main([*arguments, "--strict"]) == 1 and not output.exists()
+        assert "(--strict stops here.)" in capsys.readouterr().err
+    assert main(arguments) == 0 and [row["id"] for row in load_rows(output)] == ["good"]
+    reasons = (tmp_path / "aligned.set_aside.jsonl").read_text()
+    assert all(reason in reasons for reason in ("gone.wav", "good is there twice", "bad.wav"))
 
 
 def test_a_run_that_was_cut_short_goes_on(manifest, tmp_path, monkeypatch):

@@ -15,7 +15,14 @@ import pytest
 
 from speechllm.downloads import Archive, fetch, read_debian_members
 from speechllm.evaluation.metrics import normalisation
-from speechllm.evaluation.metrics.error_rates import edit_counts, recognition, recognition_metrics
+from speechllm.evaluation.metrics.error_rates import (
+    CHARACTER_COUNTS,
+    EDITS,
+    WORD_COUNTS,
+    edit_counts,
+    recognition,
+    recognition_metrics,
+)
 from speechllm.evaluation.metrics.normalisation import normalise, normaliser
 
 
@@ -97,7 +104,8 @@ def test_english_normalisation_needs_no_network(monkeypatch, tmp_path):
 
 def test_error_rates_by_hand():
     metrics, counts = recognition(["one two three four", "Five", "..."], ["one two tree", "five!", "x"])
-    assert counts == {"substitutions": 1, "deletions": 1, "insertions": 1, "reference_words": 5}
+    assert [counts[name] for name in WORD_COUNTS] == [1, 1, 1, 5]
+    assert [counts[name] for name in CHARACTER_COUNTS] == [0, 6, 1, 22]
     assert metrics["wer"].score == pytest.approx(
         3 / 5
     )  # all edits over all words, the word said into silence among them
@@ -108,7 +116,8 @@ def test_error_rates_by_hand():
 
 def test_an_empty_hypothesis_is_all_deletions():
     metrics, counts = recognition(["one two three"], [""])
-    assert counts == {"substitutions": 0, "deletions": 3, "insertions": 0, "reference_words": 3}
+    assert counts["deletions"] == counts["reference_words"] == 3
+    assert counts["character_deletions"] == counts["reference_characters"] == 13
     assert metrics["wer"].score == metrics["cer"].score == 1
     with pytest.raises(ValueError, match="2 references, but 1"):
         recognition(["a", "b"], ["a"])
@@ -122,11 +131,9 @@ def test_error_rates_are_those_of_jiwer():
     words = jiwer.process_words(references, hypotheses)
     assert metrics["wer"].score == words.wer
     assert metrics["cer"].score == jiwer.cer(references, hypotheses)
-    assert [counts[kind] for kind in ("substitutions", "deletions", "insertions")] == [
-        words.substitutions,
-        words.deletions,
-        words.insertions,
-    ]
+    characters = jiwer.process_characters(references, hypotheses)
+    for prefix, expected in (("", words), ("character_", characters)):
+        assert [counts[prefix + kind] for kind in EDITS] == [getattr(expected, kind) for kind in EDITS]
     mean = np.mean([jiwer.wer(*pair) for pair in zip(references, hypotheses)])
     assert metrics["mean_utterance_wer"].score == pytest.approx(mean, abs=1e-12)
 

@@ -56,13 +56,17 @@ def world(tmp_path_factory):
     """Two base models, manifests and recipes, as the command finds them."""
     folder = tmp_path_factory.mktemp("world")
     speech, text = save_base_models(folder)
-    tasks = [{"task": "asr"}, {"task": "st", "target_language": "German", "target": "etwas anderes"},
+    tasks = [{"task": "asr"}, {"task": "st", "target_language": "German", "target": "etwas anderes",
+              "gender_terms": "anderes andere", "category": "1F"},
              {"task": "sqa", "question": "What is it?", "target": "it is", "answers": ["it is", "it"]},
              {"task": "traits", "trait": "gender", "choices": ["female", "male"], "target": "male"}]  # fmt: skip
     lines = []
     for i, row in enumerate(tiny_rows(24)):
         soundfile.write(folder / f"{i}.wav", row["audio"], 16_000)
-        lines.append({**row, "audio": f"{i}.wav", "duration": len(row["audio"]) / 16_000, **tasks[i % 4]})
+        language = "en" if i % 3 else "de"
+        lines.append(
+            {**row, "language": language, "audio": f"{i}.wav", "duration": len(row["audio"]) / 16_000, **tasks[i % 4]}
+        )
     for name, rows in (("train", lines[:16]), ("test", lines[16:])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = {"train_data": str(folder / "train.jsonl"), "eval_data": str(folder / "test.jsonl"), "max_steps": 2,
@@ -189,12 +193,18 @@ def test_report(finished):
         "3",
         "mean",
     }
+    by_language = retrieval["by_language"]
+    assert {name: entry["utterances"] for name, entry in by_language.items()} == {"de": 3, "en": 5}
+    found = sum(entry["utterances"] * entry["recall@1"]["3"] for entry in by_language.values())
+    assert found / 8 == pytest.approx(retrieval["recall@1"]["3"])
+    measures = results["rows"]["contr-cos-all"]["fine_tuning"]["100"]["measures"]
+    assert 0 <= measures["st gender_accuracy"]["value"] <= 100 and "against_none" in measures["st gender_accuracy"]
     claim = next(claim for claim in results["claims"] if claim["name"] == "all layers")
     assert claim["by_metric"]["run"] == 2 and claim["by_metric"]["planned"] == 4
     assert claim["by_metric"]["verdict"] == "undecided"
     page, text = (output / "results.html").read_text(), (output / "results.md").read_text()
     assert "<svg" in page and "contr-cos-all" in page and "<script" not in page
-    assert "| contr-cos-all | 100% | 2 |" in text
+    assert "| contr-cos-all | 100% | 2 |" in text and "| contr-cos-all | de | 3 |" in text
     assert {path.name for path in (output / "plots").glob("*.svg")} >= {"retrieval.svg", "asr-wer.svg", "sqa-loss.svg"}
 
 

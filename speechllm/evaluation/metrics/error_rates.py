@@ -21,6 +21,9 @@ from .resampling import CorpusMetric
 
 
 Alignment = Literal["levenshtein", "sclite"]
+EDITS = ("substitutions", "deletions", "insertions")
+WORD_COUNTS = (*EDITS, "reference_words")
+CHARACTER_COUNTS = (*(f"character_{edits}" for edits in EDITS), "reference_characters")
 
 
 def edit_counts(
@@ -96,7 +99,8 @@ def recognition(
     normaliser: Normaliser = normalise,
     alignment: Alignment = "levenshtein",
 ) -> tuple[dict[str, CorpusMetric], dict[str, int]]:
-    """The metrics `wer`, `cer` and `mean_utterance_wer`, all fractions (they can exceed 1), and the words' counts.
+    """The metrics `wer`, `cer` and `mean_utterance_wer`, all fractions (they can exceed 1), and the counts behind the first
+    two: `substitutions`, `deletions`, `insertions`, `reference_words`, and those of characters with `character_` before.
 
     Raises:
         ValueError: if the lists differ in length, no reference has a word, or there is no such alignment.
@@ -109,13 +113,17 @@ def recognition(
     if not any(left):
         raise ValueError("No reference has a word to score against.")
     words = edit_counts(left, right, "word", alignment)
+    characters = edit_counts(left, right, "character", alignment)
     metrics = {
         "wer": error_rate(words),
-        "cer": error_rate(edit_counts(left, right, "character", alignment)),
+        "cer": error_rate(characters),
         "mean_utterance_wer": mean_utterance_rate(words),
     }
-    names = ("substitutions", "deletions", "insertions", "reference_words")
-    return metrics, dict(zip(names, words.sum(0).astype(int).tolist()))
+    return metrics, dict(zip((*WORD_COUNTS, *CHARACTER_COUNTS), (*_totals(words), *_totals(characters))))
+
+
+def _totals(counts: np.ndarray) -> list[int]:
+    return counts.sum(0).astype(int).tolist()
 
 
 def recognition_metrics(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, float]:

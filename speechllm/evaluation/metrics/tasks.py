@@ -2,7 +2,7 @@
 
 | task | reference | metrics |
 |---|---|---|
-| `asr` | `target` or `text` | `wer`, `cer`, `mean_utterance_wer`; `substitutions`, `deletions`, `insertions`, `reference_words` |
+| `asr` | `target` or `text` | `wer`, `cer`, `mean_utterance_wer`; `substitutions`, `deletions`, `insertions`, `reference_words`, and `character_...` |
 | `st` | `target`, in `target_language` | `bleu`, `chrf++` with signatures; with `gender_terms` also those of MuST-SHE |
 | `sqa` | `answers` or `target` | `exact_match`, `f1` |
 | `traits` | `target`, one of `choices` | `accuracy`, `macro_f1` |

@@ -1,9 +1,9 @@
-"""Character error rate of a corpus, spaces included (a fraction). Options: see `wer`."""
+"""Character error rate of a corpus, spaces included (a fraction), with counts of errors. Options: see `wer`."""
 
 import datasets
 import evaluate
 
-from speechllm.evaluation.metrics.error_rates import recognition
+from speechllm.evaluation.metrics.error_rates import CHARACTER_COUNTS, recognition
 from speechllm.evaluation.metrics.normalisation import normaliser
 from speechllm.evaluation.metrics.tasks import summary
 
@@ -16,5 +16,6 @@ class CharacterErrorRate(evaluate.Metric):
         )
 
     def _compute(self, predictions, references, normalisation="basic", alignment="levenshtein", bootstrap=0, seed=0):
-        metrics, _ = recognition(references, predictions, normaliser(normalisation), alignment)
-        return summary({"cer": metrics["cer"]}, {}, bootstrap, seed)
+        metrics, counts = recognition(references, predictions, normaliser(normalisation), alignment)
+        counts = {name: counts[name] for name in CHARACTER_COUNTS}
+        return summary({"cer": metrics["cer"]}, counts, bootstrap, seed)

@@ -7,7 +7,7 @@ bootstrap: resamples, for `<metric>_interval` (95%).
 import datasets
 import evaluate
 
-from speechllm.evaluation.metrics.error_rates import recognition
+from speechllm.evaluation.metrics.error_rates import WORD_COUNTS, recognition
 from speechllm.evaluation.metrics.normalisation import normaliser
 from speechllm.evaluation.metrics.tasks import summary
 
@@ -21,4 +21,5 @@ class WordErrorRate(evaluate.Metric):
 
     def _compute(self, predictions, references, normalisation="basic", alignment="levenshtein", bootstrap=0, seed=0):
         metrics, counts = recognition(references, predictions, normaliser(normalisation), alignment)
+        counts = {name: counts[name] for name in WORD_COUNTS}
         return summary({name: metrics[name] for name in ("wer", "mean_utterance_wer")}, counts, bootstrap, seed)
