@@ -207,9 +207,10 @@ def align_manifest(
     rows = loaded.rows
     _stop_if(strict, loaded.set_aside)
     target.parent.mkdir(parents=True, exist_ok=True)
-    place = [str(Path(data).resolve()), os.path.getmtime(data)] if Path(data).exists() else [data]
-    settings = json.dumps([*place, ctc_model])
-    partial = target.with_name(f"{target.name}.{hashlib.sha256(settings.encode()).hexdigest()[:12]}.partial")
+    inputs = hashlib.sha256(repr((ctc_model, strict)).encode())
+    for row in rows:
+        inputs.update(repr(row).encode())
+    partial = target.with_name(f"{target.name}.{inputs.hexdigest()[:12]}.partial")
     done = _complete_lines(partial)
     aligner = ForcedAligner(ctc_model, device) if ctc_model and len(done) < len(rows) else None
     with open(partial, "a", encoding="utf-8") as file:
@@ -226,7 +227,6 @@ def align_manifest(
             file.flush()
     kept = [row for row in done if "set_aside" not in row]
     set_aside = loaded.set_aside + [SetAside(**row["set_aside"]) for row in done if "set_aside" in row]
-    _stop_if(strict, set_aside)  # those of a run that was not strict
     if not kept:
         raise ManifestError(f"{data}: none of its rows can be aligned; the first: {set_aside[0].reason}")
     listed = target.with_suffix(".set_aside.jsonl")

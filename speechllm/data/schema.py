@@ -187,7 +187,9 @@ def load_stream(
             rows = datasets.load_dataset(source, name, split=split, streaming=True)
         rows = undecoded(rows)
         if columns:
-            rows = rows.map(partial(renamed, columns=columns), remove_columns=list(columns.values()))
+            known = rows.column_names or list(next(iter(rows.take(1)), {}))
+            given = [name for name in columns.values() if name in known]  # not parts of columns
+            rows = rows.map(partial(renamed, columns=columns), remove_columns=given)
         if path.exists():
             rows = rows.map(partial(_located, folder=str(path if path.is_dir() else path.parent)))
         first = next(iter(rows.take(1)), None)
@@ -227,11 +229,26 @@ def _located(row: Row, folder: str) -> Row:
 
 
 def renamed(row: Row, columns: dict[str, str]) -> Row:
-    """The row with the schema's names of those columns that it has; what had such a name before gives way."""
+    """The row with the schema's names of those columns that it has; what had such a name before gives way. A part of a column
+    is named `column.part`, and so on inwards."""
     if not isinstance(row, dict):
         return row
     others = {name: value for name, value in row.items() if name not in columns.values()}
-    return {**others, **{name: row[their] for name, their in columns.items() if their in row}}
+    values = {name: _part(row, their) for name, their in columns.items()}
+    return {**others, **{name: value for name, value in values.items() if value is not _MISSING}}
+
+
+_MISSING = object()
+
+
+def _part(row: Any, name: str) -> Any:
+    """`row["a.b"]`, or else `row["a"]["b"]`."""
+    if not isinstance(row, dict):
+        return _MISSING
+    if name in row:
+        return row[name]
+    head, dot, tail = name.partition(".")
+    return _part(row.get(head), tail) if dot else _MISSING
 
 
 def _checked(row: Any, path: Path, place: str, folder: str | os.PathLike, with_audio: bool = True) -> Row:
@@ -317,12 +334,28 @@ def with_ids(rows: Iterable[Row]) -> list[Row]:
 
 
 def undecoded(rows: Any) -> Any:
-    """A `datasets` data set whose audio columns give bytes and paths, for the processor to decode (`datasets` would want
-    torchcodec and FFmpeg's libraries); anything else as it is."""
-    for name, feature in (getattr(rows, "features", None) or {}).items():
+    """The rows of a `datasets` data set, whose audio columns give bytes and paths, for the processor to decode (`datasets`
+    would want torchcodec and FFmpeg's libraries), and whose classes have their names; anything else as it is."""
+    features = getattr(rows, "features", None) or {}
+    for name, feature in features.items():
         if isinstance(feature, datasets.Audio) and feature.decode:
             rows = rows.cast_column(name, datasets.Audio(sampling_rate=feature.sampling_rate, decode=False))
-    return rows
+    classes = {name: feature for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
+    if not classes:
+        return rows
+    if isinstance(rows, datasets.IterableDataset):
+        named = datasets.Features({**rows.features, **dict.fromkeys(classes, datasets.Value("string"))})
+        return rows.map(partial(_with_class_names, classes=classes), features=named)
+    return (_with_class_names(row, classes) for row in rows)
+
+
+def _with_class_names(row: Row, classes: dict[str, datasets.ClassLabel]) -> Row:
+    """-1 is `datasets`' number of what has no class."""
+    numbers = {name: row[name] for name in classes}
+    return row | {
+        name: None if number is None or number < 0 else classes[name].int2str(number)
+        for name, number in numbers.items()
+    }
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:

@@ -183,9 +183,11 @@ def _pretraining(cells: list[Cell], found: Mapping[Cell, dict[str, Any]]) -> dic
     cost["peak_memory_bytes"] = statistics.mean(
         max(result["peak_memory_bytes"] for result in chain) for chain in chains
     )
-    first = found[cells[0]]["retrieval"]
-    # Runs of earlier versions have no ranks, and so no intervals.
-    ranked = [found[cell]["retrieval"] for cell in cells if "ranks" in found[cell]["retrieval"]]
+    ranked = [found[cell]["retrieval"] for cell in cells]
+    first = ranked[0]
+    # Intervals are of seeds that were measured on the same utterances. (Runs of earlier versions do not tell.)
+    if "text_of" not in first or any(one.get("text_of") != first["text_of"] for one in ranked):
+        ranked = []
     recalls = [recall_of(retrieval) for retrieval in ranked]
     own = [found[cell]["own_retrieval"] for cell in cells if "own_retrieval" in found[cell]]
     return {
@@ -219,7 +221,7 @@ def _pretraining(cells: list[Cell], found: Mapping[Cell, dict[str, Any]]) -> dic
 def _by_language(retrievals: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Where speech is in several languages: of each, recall@1 among the transcripts of all, and its interval, by layer and
     as their "mean"."""
-    spoken = sorted({name for retrieval in retrievals for name in retrieval.get("language_of", []) if name})
+    spoken = sorted({name for name in (retrievals[0].get("language_of", []) if retrievals else []) if name})
     found = {}
     for language in spoken if len(spoken) > 1 else ():
         metrics = [recall_of(retrieval, language) for retrieval in retrievals]
@@ -243,7 +245,7 @@ def _tested(seeds: Mapping[int, Any], row: str, percent: int, tested: Cells) -> 
         entry = printed(mean_over_seeds([seeds[seed][key] for seed in order]), measure)
         for baseline in BASELINES:
             others = tested.get((baseline, percent), {})
-            common = [seed for seed in order if seed in others]
+            common = [seed for seed in order if key in others.get(seed, {})]
             if row != baseline and common:
                 change = difference([seeds[seed][key] for seed in common], [others[seed][key] for seed in common])
                 entry[f"against_{baseline}"] = {**printed(change, measure), "p": change.p}

@@ -128,8 +128,7 @@ def _pretraining(results: Results) -> Table:
                 [
                     name,
                     str(len(entry["seeds"])),
-                    f"{100 * statistics.mean(values):.1f}"
-                    + (f" [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]" if ends else ""),
+                    f"{100 * statistics.mean(values):.1f}" + (f" {_percents(ends)}" if ends else ""),
                     f"{100 * recall['own']['recall@1']:.1f}" if recall["own"] else "",
                     seeds,
                     *(f"{100 * value:.0f}" for value in values),
@@ -144,8 +143,7 @@ def _by_language(results: Results) -> list[Table]:
     for name, row in results["rows"].items():
         for language, found in row["pretraining"].get("retrieval", {}).get("by_language", {}).items():
             percents = {place: 100 * value for place, value in found["recall@1"].items()}
-            low, high = (100 * end for end in found["intervals"]["mean"])
-            mean = f"{percents.pop('mean'):.1f} [{low:.1f}, {high:.1f}]"
+            mean = f"{percents.pop('mean'):.1f} {_percents(found['intervals']['mean'])}"
             layers = list(percents)
             values = [f"{value:.0f}" for value in percents.values()]
             lines.append([name, language, str(found["utterances"]), mean, *values])
@@ -242,6 +240,11 @@ def _value(entry: Mapping[str, Any] | None, measure: Measure) -> str:
         if change and change["p"] is not None and change["p"] < 0.05:
             text += (" ↑" if (change["value"] > 0) == measure.higher_is_better else " ↓") + mark
     return text
+
+
+def _percents(interval: list[float | None]) -> str:
+    low, high = (_number(None if end is None else 100 * end, 1) for end in interval)
+    return f"[{low}, {high}]"
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -142,10 +142,10 @@ class FineTuningTrainer(SpeechLLMTrainer):
         return self._llm_is_frozen or not self.is_deepspeed_enabled
 
     def _keys_and_values(self, start: torch.Tensor) -> Any:
-        training = self.speechllm.training
-        self.llm_tokens += len(start) if training else 0
-        # In training as the wrapped model's own pass, with bf16 or fp16
-        with self.accelerator.autocast() if training else nullcontext():
+        self.llm_tokens += len(start) if self.speechllm.training else 0
+        # As the model's own pass, which Accelerate has in bf16 or fp16 once it is prepared for training, then for good
+        prepared = self.speechllm.training or hasattr(self.speechllm, "_original_forward")
+        with self.accelerator.autocast() if prepared else nullcontext():
             return self.headless.language_model(input_ids=start[None], use_cache=True).past_key_values
 
     def _without_start(self, batch: dict[str, Any]) -> dict[str, Any]:

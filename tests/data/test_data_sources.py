@@ -137,6 +137,31 @@ def test_any_data_set_of_the_hub_by_column_mapping(recordings, monkeypatch):
         load_source(str(recordings / "saved"))
 
 
+def test_classes_have_their_names_and_parts_of_columns_can_be_named(recordings, monkeypatch):
+    rows = [
+        {
+            "audio": str(recordings / "wav" / f"{i}.wav"),
+            "translation": {"en": f"text {i}", "de": f"Text {i}"},
+            "gender": i % 3 - 1,
+        }
+        for i in range(4)
+    ]
+    data = datasets.Dataset.from_list(rows).cast_column("audio", datasets.Audio(sampling_rate=16_000))
+    data = data.cast_column("gender", datasets.ClassLabel(names=["male", "female"]))
+    (recordings / "hub").mkdir()
+    data.to_parquet(recordings / "hub" / "train.parquet")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(recordings / "cache"))
+    spec = f"hub:{recordings / 'hub'}?split=train&columns.text=translation.en&columns.german=translation.de"
+    for found in (load_source(spec).rows, list(stream_source(spec))):
+        assert [row["text"] for row in found] == ALL and [row["german"] for row in found] == [
+            f"Text {i}" for i in range(4)
+        ]
+        assert [row["gender"] for row in found] == [None, "male", "female", None]
+    (recordings / "parts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert texts(f"{recordings / 'parts.jsonl'}?columns.text=translation.en") == ALL
+    assert texts(f"{recordings / 'parts.jsonl'}?columns.text=translation.de") == [f"Text {i}" for i in range(4)]
+
+
 def test_a_folder_of_manifests(recordings):
     lines = (recordings / "all.jsonl").read_text().splitlines(keepends=True)
     (recordings / "all.jsonl").unlink()

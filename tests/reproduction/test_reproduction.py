@@ -63,7 +63,7 @@ def world(tmp_path_factory):
     lines = []
     for i, row in enumerate(tiny_rows(24)):
         soundfile.write(folder / f"{i}.wav", row["audio"], 16_000)
-        language = "en" if i % 3 else "de"
+        language = "de" if i % 3 == 1 else "en"
         lines.append(
             {**row, "language": language, "audio": f"{i}.wav", "duration": len(row["audio"]) / 16_000, **tasks[i % 4]}
         )
@@ -206,6 +206,35 @@ def test_report(finished):
     assert "<svg" in page and "contr-cos-all" in page and "<script" not in page
     assert "| contr-cos-all | 100% | 2 |" in text and "| contr-cos-all | de | 3 |" in text
     assert {path.name for path in (output / "plots").glob("*.svg")} >= {"retrieval.svg", "asr-wer.svg", "sqa-loss.svg"}
+
+
+def test_intervals_need_seeds_with_the_same_utterances(finished, tmp_path):
+    """Of one text nobody knows the interval, and a run of an earlier version does not tell ranks: the page is still written."""
+    cells, output = finished
+    shutil.copytree(output, tmp_path, dirs_exist_ok=True)
+    results = [tmp_path / f"cells/pretraining/contr-cos-all-seed-{seed}/result.json" for seed in (0, 1)]
+
+    def report(change) -> tuple[dict, str]:
+        for path in results:
+            result = json.loads(path.read_text())
+            change(result["retrieval"])
+            path.write_text(json.dumps(result))
+        found = Report(SCALE, cells, tmp_path, command="speechllm reproduce").write()
+        return found["rows"]["contr-cos-all"]["pretraining"]["retrieval"], (tmp_path / "results.md").read_text()
+
+    def of_one_text(retrieval):
+        retrieval["language_of"][0] = "fr"
+
+    retrieval, text = report(of_one_text)
+    assert (
+        retrieval["by_language"]["fr"]["utterances"] == 1 and "| contr-cos-all | fr | 1 |" in text and "[?, ?]" in text
+    )
+    results.pop()
+    retrieval, text = report(lambda retrieval: [retrieval.pop(name) for name in ("ranks", "text_of", "language_of")])
+    assert (
+        retrieval["recall@1_intervals"] == retrieval["by_language"] == {} and len(retrieval["recall@1_of_seeds"]) == 2
+    )
+    assert "| contr-cos-all | 2 |" in text
 
 
 def test_what_is_there_is_not_run_again(finished, capsys):

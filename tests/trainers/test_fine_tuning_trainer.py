@@ -86,6 +86,21 @@ def test_the_held_out_loss_shares_the_prompts_start(tmp_path, lora_rank):
     assert short < max(lengths) / 1.3
 
 
+def test_the_held_out_loss_after_training_is_all_of_trainings_precision(tmp_path):
+    """Accelerate has the model run in bfloat16 from then on, and the prompt's start does too."""
+    model = tiny_trainable()
+    processor = system_processor(model, "Listen closely.")
+    options = {"lora_rank": 2, "bf16": True, "max_steps": 1, "predict_with_generate": False}
+    trainer = fine_tuning(tmp_path, model, processor=processor, **options)
+    trainer.train()
+    dtypes = []
+    for name, module in model.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    trainer.evaluate(tiny_rows(4))
+    assert {*dtypes} == {torch.bfloat16} and trainer._shares_start
+
+
 def test_under_autocast_all_of_lora_runs_in_bfloat16(tmp_path):
     """In the pass over the prompt's shared start, too."""
     model = tiny_trainable().to(torch.bfloat16)
