@@ -248,17 +248,20 @@ def _request(rows: list[Row], tasks: list[str] | None, prompts: dict[str, str], 
     given = Counter(str(row["id"]) for row in rows if row.get("id") not in (None, ""))
     request = Request([], duplicates=[name for name, count in given.items() if count > 1])
     for row in map(with_target, with_ids(rows)):
+        cause = "malformed row"
         try:
             if reason := malformed(row):
                 raise ValueError(reason)
+            cause = "no audio"
             if row.get("audio") is None and not oracle:
                 raise ValueError(f"{row['id']} has no `audio`. Give it one.")
+            cause = f"task {task_of(row)!r} without a prompt"
             if task_of(row) in prompts:
                 row = {**row, "prompt": filled(row, prompts[task_of(row)])}
             prompt_of(row)
             request.rows.append(row)
         except ValueError as error:
-            request.set_aside.append(SetAside(row["id"], str(error)))
+            request.set_aside.append(SetAside(row["id"], str(error), cause))
     return request
 
 

@@ -31,7 +31,8 @@ class TranscriptItems(AnswerItems):
     def __getitem__(self, index: int) -> dict[str, Any] | SetAside:
         row = self.rows[index]
         if not row.get("text"):
-            return SetAside(row["id"], f"{row['id']} has no transcript (`text`) to put in the place of its audio.")
+            reason = f"{row['id']} has no transcript (`text`) to put in the place of its audio."
+            return SetAside(row["id"], reason, "empty transcript")
         question, *answer = chat_of({"audio": None, **row}, with_answer=self.with_answer)
         transcript = {"type": "text", "text": f"{row['text']}\n"}
         parts = [transcript if part["type"] == "audio" else part for part in question["content"]]

@@ -294,5 +294,5 @@ def _with_text(rows: list[Row]) -> tuple[list[Row], list[SetAside]]:
         if isinstance(row.get("text"), str) and row["text"].strip():
             kept.append(row)
         else:
-            set_aside.append(SetAside(row["id"], f"{row['id']} has no `text`. Give its transcript."))
+            set_aside.append(SetAside(row["id"], f"{row['id']} has no `text`. Give its transcript.", "empty transcript"))
     return kept, set_aside

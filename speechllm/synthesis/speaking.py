@@ -122,7 +122,7 @@ def synthesise(
     for take in planned:
         name = f"{take.row['id']} {take.voice.name} {take.rate:g}"
         if take.path in failures:
-            aside.append(SetAside(name, failures[take.path]))
+            aside.append(SetAside(name, failures[take.path], "not spoken by the engine"))
             continue
         labels = {"speaker": str(take.voice), "gender": take.voice.gender, "rate": take.rate}
         labels = {key: value for key, value in labels.items() if value is not None}

@@ -113,7 +113,7 @@ def variants(
             try:
                 speech = torch.from_numpy(load_audio(row["audio"], name=str(row["id"])))
             except AudioError as error:
-                aside.append(SetAside(name, str(error)))
+                aside.append(SetAside(name, str(error), "audio cannot be decoded"))
                 continue
             draw = int(what[:15], 16)
             speech = speech if time is None else with_reverberation(speech, time, draw)
