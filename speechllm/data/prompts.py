@@ -1,18 +1,37 @@
 """What the LLM reads around the audio: instructions by task, and the prefix that both sides of pretraining share."""
 
+import functools
+import logging
 import random
+import re
 from collections.abc import Sequence
 
 from .schema import Row
 
 
-# Language -> its name in English.
+logger = logging.getLogger(__name__)
+
+CODE = re.compile(r"([a-z]{2,3}|[A-Z]{2,3})([-_]\w+)*")  # "de", "zh-CN", "cmn_hans_cn"; names ("Twi") are not meant
+
+# Language -> its name in English: those of FLEURS, CoVoST and MuST-C, by the first part of the codes they write.
 LANGUAGES = {
-    "ar": "Arabic", "ca": "Catalan", "cs": "Czech", "cy": "Welsh", "de": "German", "en": "English", "es": "Spanish",
-    "et": "Estonian", "fa": "Persian", "fr": "French", "hi": "Hindi", "id": "Indonesian", "it": "Italian",
-    "ja": "Japanese", "ko": "Korean", "lv": "Latvian", "mn": "Mongolian", "nl": "Dutch", "pl": "Polish",
-    "pt": "Portuguese", "ro": "Romanian", "ru": "Russian", "sl": "Slovenian", "sv": "Swedish", "ta": "Tamil",
-    "tr": "Turkish", "uk": "Ukrainian", "vi": "Vietnamese", "zh": "Chinese",
+    "af": "Afrikaans", "am": "Amharic", "ar": "Arabic", "as": "Assamese", "ast": "Asturian", "az": "Azerbaijani",
+    "be": "Belarusian", "bg": "Bulgarian", "bn": "Bengali", "bs": "Bosnian", "ca": "Catalan", "ceb": "Cebuano",
+    "ckb": "Sorani Kurdish", "cmn": "Mandarin Chinese", "cs": "Czech", "cy": "Welsh", "da": "Danish", "de": "German",
+    "el": "Greek", "en": "English", "es": "Spanish", "et": "Estonian", "fa": "Persian", "ff": "Fula", "fi": "Finnish",
+    "fil": "Filipino", "fr": "French", "ga": "Irish", "gl": "Galician", "gu": "Gujarati", "ha": "Hausa", "he": "Hebrew",
+    "hi": "Hindi", "hr": "Croatian", "hu": "Hungarian", "hy": "Armenian", "id": "Indonesian", "ig": "Igbo",
+    "is": "Icelandic", "it": "Italian", "ja": "Japanese", "jv": "Javanese", "ka": "Georgian", "kam": "Kamba",
+    "kea": "Kabuverdianu", "kk": "Kazakh", "km": "Khmer", "kn": "Kannada", "ko": "Korean", "ky": "Kyrgyz",
+    "lb": "Luxembourgish", "lg": "Ganda", "ln": "Lingala", "lo": "Lao", "lt": "Lithuanian", "luo": "Luo",
+    "lv": "Latvian", "mi": "Maori", "mk": "Macedonian", "ml": "Malayalam", "mn": "Mongolian", "mr": "Marathi",
+    "ms": "Malay", "mt": "Maltese", "my": "Burmese", "nb": "Norwegian", "ne": "Nepali", "nl": "Dutch",
+    "nso": "Northern Sotho", "ny": "Nyanja", "oc": "Occitan", "om": "Oromo", "or": "Oriya", "pa": "Punjabi",
+    "pl": "Polish", "ps": "Pashto", "pt": "Portuguese", "ro": "Romanian", "ru": "Russian", "sd": "Sindhi",
+    "sk": "Slovak", "sl": "Slovenian", "sn": "Shona", "so": "Somali", "sr": "Serbian", "sv": "Swedish", "sw": "Swahili",
+    "ta": "Tamil", "te": "Telugu", "tg": "Tajik", "th": "Thai", "tr": "Turkish", "uk": "Ukrainian", "umb": "Umbundu",
+    "ur": "Urdu", "uz": "Uzbek", "vi": "Vietnamese", "wo": "Wolof", "xh": "Xhosa", "yo": "Yoruba", "yue": "Cantonese",
+    "zh": "Chinese", "zu": "Zulu",
 }  # fmt: skip
 
 # Task -> language of the instruction -> its wordings. The first English one is what evaluation uses. Instructions to
@@ -186,7 +205,7 @@ def prompt_of(row: Row) -> str:
     Raises:
         ValueError: if the task is unknown and the row has no `prompt`, or the row lacks what its prompt names.
     """
-    return row["prompt"] if row.get("prompt") is not None else filled(row, PROMPTS.get(row.get("task", "asr")))
+    return row["prompt"] if row.get("prompt") is not None else filled(row, PROMPTS.get(row.get("task") or "asr"))
 
 
 def with_drawn_prompt(row: Row, seed: int = 0, languages: Sequence[str] = ("en",)) -> Row:
@@ -196,13 +215,13 @@ def with_drawn_prompt(row: Row, seed: int = 0, languages: Sequence[str] = ("en",
         row: of the schema; one that cannot be prompted comes back as it is, for `chat_of` to say why.
         seed: of the draw; the same seed and id give the same wording, wherever the row stands.
         languages: of the instructions: codes, or "answer" for the language that the answer is in (of questions and
-            traits: the recording's).
+            traits: the recording's). A country or script ("de-CH", "de_de") makes no difference.
     """
-    task = row.get("task", "asr")
+    task = row.get("task") or "asr"
     if row.get("prompt") is not None or task not in WORDINGS:
         return row
-    answer = row.get("target_language") if task == "st" else row.get("language")
-    wanted = [answer if language == "answer" else language for language in languages]
+    answer = _base(row.get("target_language") if task == "st" else row.get("language"))
+    wanted = [answer if language == "answer" else _base(language) for language in languages]
     # An instruction in German asks for German: it fits no other answer.
     codes = [code for code in dict.fromkeys(wanted) if code == "en" or code == answer]
     wordings = [(wording, code) for code in codes for wording in WORDINGS[task].get(code, ())]
@@ -220,12 +239,12 @@ def filled(row: Row, wording: str | None, language: str = "en") -> str:
     Raises:
         ValueError: if there is no wording, or the row lacks what it names.
     """
-    task, name = row.get("task", "asr"), row.get("id", "a row")
+    task, name = row.get("task") or "asr", row.get("id", "a row")
     if wording is None:
         raise ValueError(f"{name}: task {task!r} has no prompt. Use one of {list(PROMPTS)}, or give a `prompt`.")
     values = {key: value for key, value in row.items() if value is not None}
     if "target_language" in values:
-        values["target_language"] = LANGUAGES.get(values["target_language"], values["target_language"])
+        values["target_language"] = _name_of(values["target_language"])
     if "trait" in values:
         values["trait"] = TRAITS[language].get(values["trait"], values["trait"])
     if "choices" in values:
@@ -238,6 +257,25 @@ def filled(row: Row, wording: str | None, language: str = "en") -> str:
         raise ValueError(
             f"{name}: the prompt {wording!r} has braces that name no column ({error}). Double those that are meant as such."
         ) from None
+
+
+@functools.cache  # so that a code is warned of once
+def _name_of(language: str) -> str:
+    """A language's name in English: a code's own, else that of its first part; what has none stays."""
+    name = LANGUAGES.get(language) or LANGUAGES.get(_base(language))
+    if name is None and CODE.fullmatch(str(language)):
+        logger.warning(
+            "The code %r of a target language has no name here, so instructions say the code. "
+            "Give the name as `target_language`, or a `prompt`.",
+            language,
+        )
+    return name or language
+
+
+def _base(language: str | None) -> str | None:
+    """The part of a code that names the language: "zh-CN" -> "zh", "cmn_hans_cn" -> "cmn". What is no code stays."""
+    code = CODE.fullmatch(str(language))
+    return code[1].lower() if code else language
 
 
 def chat_of(row: Row, with_answer: bool = True) -> list[dict]:

@@ -65,7 +65,9 @@ def run(arguments: list[str], description: str) -> None:
     parser.add_argument(
         "--columns", type=_columns, help='of --data: its own names of columns as JSON, e.g. \'{"text": "sentence"}\''
     )
-    parser.add_argument("--voices", nargs="+", help="engine:name, e.g. flite:slt espeak-ng:en-us+f3")
+    parser.add_argument(
+        "--voices", nargs="+", help="engine:name, e.g. flite:slt espeak-ng:en-us+f3; =female or =male says the gender"
+    )
     parser.add_argument("--rates", nargs="+", type=float, help="1.25 is a quarter faster than a voice's own pace")
     parser.add_argument("--takes", type=int, help="voices x rates of each text, drawn by --seed (default: all)")
     parser.add_argument("--command", metavar="TEMPLATE", help="another engine; fills in {voice} {rate} {wav} {text}")
@@ -159,6 +161,12 @@ def _ready_made(options: argparse.Namespace) -> None:
         if getattr(options, name) is not None:
             raise UsageError(f"--{name} does not go with --questions or --traits, whose conditions are fixed.")
     voices = parse_voices(options.voices) if options.voices else None
+    unknown = [str(voice) for voice in voices or [] if voice.gender is None]
+    if options.traits and unknown:
+        raise UsageError(
+            f"--traits asks for the gender of {', '.join(unknown)}, which is not known. "
+            f"Name it, e.g. {unknown[0]}=female, or leave the voice out."
+        )
     if options.questions:
         splits = spoken_question_answering(*options.questions, voices, seed=options.seed, workers=options.workers)
     else:

@@ -10,8 +10,8 @@ faster than the voice's own pace), `{stretch}` (1 / rate) and `{words_per_minute
 understands. A template without `{text}` gets the text on its standard input. It is split into arguments once, before
 anything is filled in, and no shell ever sees it: a text of quotation marks, semicolons and dollar signs is spoken.
 
-A voice is written `engine:name`, e.g. `flite:slt` or `espeak-ng:en-us+f3`; the voices of a command of one's own may say
-their gender, `anna=female`.
+A voice is written `engine:name`, e.g. `flite:slt` or `espeak-ng:en-us+f3`; those of a command of one's own, `name`.
+Any may say its gender: `anna=female`, `espeak-ng:en-us=male`.
 """
 
 import os
@@ -41,6 +41,7 @@ ESPEAK_VARIANTS = {
 }
 DEFAULT_VOICES = {"flite": ("slt", "rms", "awb"), "espeak-ng": ("en-us+f3", "en-us+m3", "en-gb+f2", "en-gb+m1")}
 NORMAL_PACE = 175  # words per minute, espeak-ng's
+ESPEAK_SLOWEST = 0.48  # 84 words per minute; espeak-ng 1.51 speaks every slower rate as it speaks this one
 TIME_LIMIT = 120  # seconds for one text
 
 
@@ -58,6 +59,11 @@ class Voice:
 
     def __str__(self) -> str:
         return f"{self.engine}:{self.name}"
+
+    @property
+    def with_gender(self) -> str:
+        """As `parse_voices` reads it: with the gender, if the name does not tell it."""
+        return str(self) if self.gender == _known_gender(self.engine, self.name) else f"{self}={self.gender}"
 
 
 @dataclass(frozen=True)
@@ -161,8 +167,25 @@ def default_engine() -> str:
     return next((name for name in TEMPLATES if shutil.which(name)), "flite")
 
 
+def check_rates(rates: Sequence[float], voices: Sequence[Voice]) -> None:
+    """Refuse rates that would give recordings labelled with a pace that they do not have.
+
+    Raises:
+        SynthesisError: a rate is out of bounds, or slower than a voice's engine can speak.
+    """
+    if not rates or not all(0.1 <= rate <= 10 for rate in rates):
+        raise SynthesisError(f"The rates are {list(rates)}. Give numbers from 0.1 to 10; 1 is a voice's own pace.")
+    # Beyond its 450 words per minute, espeak-ng shortens what it has spoken (by libsonic) to the rate that is asked for.
+    if min(rates) < ESPEAK_SLOWEST and any(voice.engine == "espeak-ng" for voice in voices):
+        raise SynthesisError(
+            f"The rates are {list(rates)}, but espeak-ng speaks no slower than {ESPEAK_SLOWEST}, "
+            f"{NORMAL_PACE * ESPEAK_SLOWEST:g} words per minute. "
+            "Give no lower rate, or voices of flite."
+        )
+
+
 def parse_voices(names: Sequence[str], own: bool = False) -> list[Voice]:
-    """Voices from their names, `engine:name` or, for a command of one's own, `name` or `name=gender`.
+    """Voices from their names, `engine:name` or, for a command of one's own, `name`; with `=gender` or without.
 
     flite's voices and espeak-ng's variants (`+f1` to `+f5`, `+m1` to `+m8`, `+Annie`, ...) have a known gender.
 

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from ..audio_speechllm import AudioError, load_audio
 from ..configuration_speechllm import SAMPLING_RATE
 from ..data.schema import Row, SetAside, with_ids
-from .engines import Engine, SynthesisError, Voice, default_engine, default_voices, find_engine
+from .engines import Engine, SynthesisError, Voice, check_rates, default_engine, default_voices, find_engine
 
 
 LONGEST_TEXT = 1000  # characters: over a minute of speech, beyond the 30 s of the encoders' segments
@@ -93,13 +93,12 @@ def synthesise(
         voice), `gender` (where known) and `rate`, in the order texts, voices, rates.
 
     Raises:
-        SynthesisError: a rate is not above 0, no text could be spoken, or (`strict`) one could not.
+        SynthesisError: a rate is out of bounds (`check_rates`), no text could be spoken, or (`strict`) one could not.
         DownloadError: an engine is not installed, and Debian's archives cannot be had.
     """
     output = Path(output)
     voices = list(voices or default_voices(default_engine()))
-    if not rates or not all(0.1 <= rate <= 10 for rate in rates):
-        raise SynthesisError(f"The rates are {list(rates)}. Give numbers from 0.1 to 10; 1 is a voice's own pace.")
+    check_rates(rates, voices)
     if takes is not None and not 1 <= takes <= len(voices) * len(rates):
         raise SynthesisError(
             f"{takes} takes of each text were asked for, but {len(voices)} voice(s) at {len(rates)} rate(s) "

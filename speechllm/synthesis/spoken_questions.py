@@ -85,7 +85,7 @@ def spoken_question_answering(
     Returns:
         "train" and "test": rows of the task `sqa` with `question`, `answers` (phrases that stand in the passage word
         for word), `target`, `text` (the passage), `passage_id`, `audio`, `duration` (at most 8 s), `speaker`,
-        `gender`. Questions of one passage share its recording.
+        `gender` (where known). Questions of one passage share its recording.
 
     Raises:
         DownloadError: the LLM or the engine is not here and cannot be fetched.
@@ -94,7 +94,7 @@ def spoken_question_answering(
     voices = list(voices or parse_voices(VOICES))
     model = str(llm or smollm2_135m_instruct())
     provenance = {"format": FORMAT, "train": train, "test": test, "seed": seed, "llm": Path(model).name,
-                  "voices": [str(voice) for voice in voices]}  # fmt: skip
+                  "voices": [voice.with_gender for voice in voices]}  # fmt: skip
     if apart_from:
         provenance["apart from"] = [passage.text for passage in apart_from]
 
@@ -210,7 +210,7 @@ def _speak(
     texts = list(passages.values())
     spoken = synthesise(texts, folder, voices, takes=1, seed=seed, workers=workers, strict=True, progress=progress)
     speech = dict(zip(passages, spoken.rows, strict=True))
-    labels = ("audio", "duration", "speaker", "gender", "rate")
-    joined = [{**row, **{name: speech[row["passage_id"]][name] for name in labels}} for row in rows]
+    labels = {"audio", "duration", "speaker", "gender", "rate"}  # no gender where nobody said
+    joined = [{**row, **{k: v for k, v in speech[row["passage_id"]].items() if k in labels}} for row in rows]
     joined = [row for row in joined if row["duration"] <= LONGEST]
     write_jsonl(folder / "manifest.jsonl", [{**row, "audio": os.path.relpath(row["audio"], folder)} for row in joined])

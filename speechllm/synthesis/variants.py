@@ -33,7 +33,7 @@ from ..data.schema import Row, SetAside, load_rows
 from ..data.splits import split_by_cluster
 from ..downloads import build_once, cache_directory
 from .acoustics import at_common_level, with_noise, with_reverberation
-from .engines import Voice, parse_voices
+from .engines import Voice, check_rates, parse_voices
 from .speaking import Spoken, synthesise, write_flac, write_jsonl
 from .texts import wordnet_examples
 
@@ -188,10 +188,12 @@ def spoken_traits(
         per text by default, of about 2 s.
 
     Raises:
+        SynthesisError: a rate is out of bounds (`check_rates`), or a text cannot be spoken.
         DownloadError: the engines or the sentences are not here and cannot be fetched.
     """
     voices = list(voices or parse_voices(VOICES))
-    provenance = {"format": FORMAT, "voices": [str(voice) for voice in voices], "rates": list(rates), "seed": seed,
+    check_rates(rates, voices)
+    provenance = {"format": FORMAT, "voices": [v.with_gender for v in voices], "rates": list(rates), "seed": seed,
                   "snrs": list(snrs), "reverberations": list(reverberations), "texts": [train_texts, test_texts]}  # fmt: skip
 
     def build(folder: Path) -> None:

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from speechllm.data.prompts import PROMPTS, TRAITS, WORDINGS, chat_of, filled, prompt_of, with_drawn_prompt
+from speechllm.data.prompts import LANGUAGES, PROMPTS, TRAITS, WORDINGS, chat_of, filled, prompt_of, with_drawn_prompt
 
 
 def row(i=0, **columns):
@@ -22,6 +22,38 @@ def test_the_first_wording_is_the_default():
     traits = {"task": "traits", "trait": "gender", "choices": ["female", "male"], "target": "male"}
     assert prompt_of(row(**traits)) == "What is the gender of the speaker? Answer with one of: female, male."
     assert prompt_of(row(prompt="Do {this}.")) == "Do {this}."
+
+
+FLEURS = """af_za am_et ar_eg as_in ast_es az_az be_by bg_bg bn_in bs_ba ca_es ceb_ph ckb_iq cmn_hans_cn cs_cz cy_gb
+da_dk de_de el_gr en_us es_419 et_ee fa_ir ff_sn fi_fi fil_ph fr_fr ga_ie gl_es gu_in ha_ng he_il hi_in hr_hr hu_hu hy_am
+id_id ig_ng is_is it_it ja_jp jv_id ka_ge kam_ke kea_cv kk_kz km_kh kn_in ko_kr ky_kg lb_lu lg_ug ln_cd lo_la lt_lt luo_ke
+lv_lv mi_nz mk_mk ml_in mn_mn mr_in ms_my mt_mt my_mm nb_no ne_np nl_nl nso_za ny_mw oc_fr om_et or_in pa_in pl_pl ps_af
+pt_br ro_ro ru_ru sd_in sk_sk sl_si sn_zw so_so sr_rs sv_se sw_ke ta_in te_in tg_tj th_th tr_tr uk_ua umb_ao ur_pk uz_uz
+vi_vn wo_sn xh_za yo_ng yue_hant_hk zu_za""".split()
+COVOST = "ar ca cs cy de en es et fa fr id it ja lv mn nl pt ru sl sv-SE ta tr zh-CN".split()
+
+
+def test_instructions_name_the_languages_of_corpora(caplog):
+    def named(code):
+        return prompt_of(row(**{**ST, "target_language": code})).removeprefix("Translate the speech into ")[:-1]
+
+    for code, name in (("zh-CN", "Chinese"), ("sv-SE", "Swedish"), ("el_gr", "Greek"), ("DE", "German"),
+                       ("cmn_hans_cn", "Mandarin Chinese"), ("cmn", "Mandarin Chinese"), ("es_419", "Spanish")):  # fmt: skip
+        assert named(code) == name
+    assert len(set(FLEURS)) == 102 == len({named(code) for code in FLEURS})
+    assert {named(code) for code in [*FLEURS, *COVOST]} == set(LANGUAGES.values())
+    for name in ("Twi", "Ga-Adangme", "as-is English", "Chinese"):  # names are no codes
+        assert named(name) == name
+    assert not caplog.records
+    assert [named("qaa_xx"), named("qaa_xx"), named("qab")] == ["qaa_xx", "qaa_xx", "qab"]
+    assert [record.args for record in caplog.records] == [("qaa_xx",), ("qab",)]
+
+
+def test_a_task_of_null_is_recognition():
+    assert prompt_of(row(task=None)) == PROMPTS["asr"]
+    assert with_drawn_prompt(row(task=None))["prompt"] == with_drawn_prompt(row())["prompt"]
+    with pytest.raises(ValueError, match="task 'asr' needs the column"):
+        filled(row(task=None), "{missing}")
 
 
 def test_wordings_are_drawn_by_seed_and_id():
@@ -44,6 +76,18 @@ def test_wordings_in_other_languages():
     assert french == set(WORDINGS["asr"]["fr"])  # an instruction in German asks for German
     welsh = {with_drawn_prompt(row(i, language="cy"), languages=["answer"])["prompt"] for i in range(50)}
     assert welsh == set(WORDINGS["asr"]["en"])  # there is none in Welsh
+
+
+@pytest.mark.parametrize(("code", "languages"), [("de-CH", ["answer"]), ("de_de", ["de"]), ("de", ["de-AT"])])
+def test_countries_make_no_difference_to_the_language_of_wordings(code, languages):
+    german = {with_drawn_prompt(row(i, language=code), languages=languages)["prompt"] for i in range(50)}
+    assert german == set(WORDINGS["asr"]["de"])
+    traits = {"task": "traits", "trait": "rate", "choices": ["slow", "fast"], "target": "slow", "language": code}
+    assert "Sprechtempo" in with_drawn_prompt(row(**traits), languages=languages)["prompt"]
+    german = {
+        with_drawn_prompt(row(i, **{**ST, "target_language": code}), languages=languages)["prompt"] for i in range(50)
+    }
+    assert german == set(WORDINGS["st"]["de"])
 
 
 @pytest.mark.parametrize("code", ["de", "es", "fr", "it", "ru"])

@@ -16,7 +16,7 @@ from speechllm.audio_speechllm import load_audio
 from speechllm.data.splits import words_of
 from speechllm.quickstart.weights import smollm2_135m_instruct, whisper_tiny_en
 from speechllm.synthesis import debian
-from speechllm.synthesis.engines import find_engine, parse_voices
+from speechllm.synthesis.engines import ESPEAK_SLOWEST, find_engine, parse_voices
 from speechllm.synthesis.passages import generate_passages, question_rows
 from speechllm.synthesis.speaking import synthesise
 from speechllm.synthesis.spoken_questions import Answerer
@@ -105,6 +105,16 @@ def test_the_llm_finds_answers_in_the_text_and_not_elsewhere():
     assert sum(a == b for a, b in zip(alone, answers)) >= 7
     blind = answerer([{**row, "text": "There is nothing to say."} for row in rows])
     assert np.mean([answer == row["target"] for answer, row in zip(blind, rows)]) < 0.15
+
+
+def test_espeak_ng_speaks_lower_rates_as_its_slowest(tmp_path):
+    engine, spoken = find_engine("espeak-ng"), {}
+    for rate in (0.2, ESPEAK_SLOWEST, 0.49, 2.57, 3.0):
+        engine.speak("We were away a year ago.", "en-us+f3", rate, tmp_path / f"{rate}.wav")
+        spoken[rate] = load_audio(tmp_path / f"{rate}.wav")
+    assert np.array_equal(spoken[0.2], spoken[ESPEAK_SLOWEST])
+    lengths = [len(samples) for samples in list(spoken.values())[1:]]
+    assert lengths == sorted(set(lengths), reverse=True)  # there is no fastest in this way
 
 
 def test_find_engine_knows_versions():

@@ -14,8 +14,8 @@ import soundfile
 
 from speechllm.cli import main
 from speechllm.data.schema import load_rows
-from speechllm.synthesis import variants
-from speechllm.synthesis.engines import SynthesisError, own_engine, parse_voices
+from speechllm.synthesis import spoken_questions, variants
+from speechllm.synthesis.engines import SynthesisError, check_rates, own_engine, parse_voices
 from speechllm.synthesis.passages import WORDS
 from speechllm.synthesis.speaking import synthesise
 
@@ -119,25 +119,51 @@ def test_an_interrupted_run_goes_on_where_it_stopped(engine, tmp_path):
     assert speak(engine, [*texts[:5], "Another one."], tmp_path / "out").reused == 10  # a changed text is spoken
 
 
-def test_an_interrupted_ready_made_set_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    """`flite` is a script that writes WAV files, and breaks down once, at the seventh."""
+@pytest.fixture
+def flite_log(tmp_path, monkeypatch):
+    """`flite` is a script that writes WAV files, and breaks down once, at the seventh; the cache is empty."""
     program, log = tmp_path / "bin" / "flite", tmp_path / "log"
     program.parent.mkdir()
     program.write_text(FLITE.format(python=sys.executable, log=log))
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
     monkeypatch.setenv("SPEECHLLM_CACHE", str(tmp_path / "cache"))
+    return log
+
+
+def test_an_interrupted_ready_made_set_goes_on_where_it_stopped(flite_log, monkeypatch):
     vocabulary = sorted({word for words in WORDS.values() for word in words if word.isalpha()})
     sentences = [{"id": str(i), "text": " ".join(vocabulary[5 * i : 5 * i + 5])} for i in range(36)]
     monkeypatch.setattr(variants, "wordnet_examples", lambda: sentences)
     options = {"voices": parse_voices(["flite:slt", "flite:rms"]), "rates": (1.0,), "progress": False}
     with pytest.raises(SynthesisError, match="broke down"):
         variants.spoken_traits(4, 2, **options)
-    before = log.read_text().splitlines()
+    before = flite_log.read_text().splitlines()
     splits = variants.spoken_traits(4, 2, **options)
-    spoken = log.read_text().splitlines()
+    spoken = flite_log.read_text().splitlines()
     assert [len(rows) for rows in splits.values()] == [8, 4] and all(Path(r["audio"]).is_file() for r in splits["test"])
     assert len(spoken) == 12 + 1 and len(set(spoken)) == 12 and before == spoken[: len(before)]  # the broken one again
+
+
+def test_questions_in_a_voice_of_unknown_gender(flite_log, monkeypatch):
+    monkeypatch.setattr(spoken_questions, "Answerer", lambda model: lambda rows: [row["target"] for row in rows])
+    for voice, genders in (("flite:other", {None}), ("flite:other=female", {"female"})):  # two sets in the cache
+        splits = spoken_questions.spoken_question_answering(2, 1, parse_voices([voice]), "llm", progress=False)
+        rows = [row for split in splits.values() for row in split]
+        assert {row.get("gender") for row in rows} == genders and {row["speaker"] for row in rows} == {"flite:other"}
+        assert {row["rate"] for row in rows} == {1.0} and all(Path(row["audio"]).is_file() for row in rows)
+
+
+def test_rates_that_espeak_ng_does_not_speak_are_refused(flite_log, tmp_path):
+    slow = parse_voices(["flite:slt", "espeak-ng:en-us+f3"])
+    for rates in ((0.3,), (1.0, 0.47)):
+        with pytest.raises(SynthesisError, match=r"espeak-ng speaks no slower than 0\.48, 84 words per minute"):
+            synthesise(["One line."], tmp_path / "out", slow, rates, progress=False)
+        with pytest.raises(SynthesisError, match=r"no slower than 0\.48"):
+            variants.spoken_traits(1, 1, slow, rates, progress=False)
+    assert not flite_log.exists()
+    check_rates((0.48, 2.6, 10), slow)
+    assert len(synthesise(["One line."], tmp_path / "out", slow[:1], (0.3,), progress=False).rows) == 1
 
 
 def test_one_recording_serves_equal_texts(engine, tmp_path):
@@ -224,6 +250,9 @@ def test_bad_templates(command, words):
 def test_voices():
     found = parse_voices(["flite:slt", "flite:awb", "espeak-ng:en-us+f3", "espeak-ng:de+m7", "espeak-ng:fr"])
     assert [voice.gender for voice in found] == ["female", "male", "female", "male", None]
+    names = ["flite:slt", "espeak-ng:fr=male", "espeak-ng:de"]
+    assert [voice.with_gender for voice in parse_voices(names)] == names
+    assert parse_voices(["flite:slt=female"])[0].with_gender == "flite:slt"
     for names, word in (
         (["slt"], "engine:name"),
         (["festival:x"], "engine:name"),
@@ -309,6 +338,12 @@ def test_the_command_speaks_data_with_other_names_of_columns(engine, tmp_path, m
         (["--data", "TEXTS", "--takes", "9"], 1, "9 takes"),
         (["--data", "TEXTS", "--snr", "loud"], 2, "loud"),
         (["--questions", "3", "2", "--rates", "2"], 2, "--rates does not go"),
+        (
+            ["--traits", "3", "2", "--voices", "flite:slt", "espeak-ng:en-us"],
+            2,
+            "e.g. espeak-ng:en-us=female, or leave",
+        ),
+        (["--traits", "3", "2", "--voices", "espeak-ng:en-us=male", "--rates", "0.4"], 1, "no slower than 0.48"),
         (["--wordnet", "0"], 2, "above 0"),
         (["--data", "EMPTY"], 1, "has no text"),
         (["--data", "LATIN"], 1, "not UTF-8"),
