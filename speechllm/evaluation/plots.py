@@ -279,13 +279,15 @@ def lines_per_place(
         names = [str(place) for place in dict.fromkeys(place for values in curves.values() for place in values)]
         for number, (label, values) in enumerate(curves.items()):
             colour, marker = (series[number % len(series)] for series in (SERIES, MARKERS))
+            dashes = "-" if number < len(SERIES) else "--"
             triples = [
                 (*value, None, None)[:3] if isinstance(value, Sequence) else (value, None, None)
                 for value in values.values()
             ]
             at = [names.index(str(place)) for place in values]
             table = np.array([[_number(entry) for entry in triple] for triple in triples], dtype=float).reshape(-1, 3)
-            axes.plot(at, table[:, 0], marker=marker, markersize=4.5, color=COLOURS[colour][0], label=_short(label))
+            style = {"marker": marker, "markersize": 4.5, "linestyle": dashes, "color": COLOURS[colour][0]}
+            axes.plot(at, table[:, 0], label=_short(label), **style)
             axes.fill_between(at, table[:, 1], table[:, 2], color=COLOURS[colour][0], alpha=0.16, linewidth=0)
         for label, value in (references or {}).items():
             if math.isfinite(_number(value)):

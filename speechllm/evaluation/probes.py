@@ -13,7 +13,8 @@ For each label, place and split:
 
 Values are means over splits (`seeds`). Intervals are 95% percentiles of a bootstrap over the texts of the test
 utterances (all utterances of a text together; one draw for all splits, places and models, so that differences between
-models are paired). They say how much hangs on the test utterances, not on the training of model or probe.
+models are paired) and, where the splits share no speaker, over the speakers too: a row counts as often as its text is drawn
+times as often as its speaker is (Owen, 2007). They say how much hangs on the test utterances, not on the training of model or probe.
 
 A probe tells what a linear model can read off, not what the LLM uses; states of more dimensions give more away. A probe
 above guessing on an *untrained* projector shows what any projection of the encoder lets through: compare with it.
@@ -178,7 +179,7 @@ def probe_states(
             "split_by": split_by,
             "set_aside": label.set_aside,
             "notes": _notes(label, chosen, split_by),
-            **_probe(label, of_label, chosen, clusters[label.index], splits, bootstrap),
+            **_probe(label, of_label, chosen, clusters[label.index], splits, bootstrap, "speaker" in split_by),
         }
     return strict_json(
         {"models": list(states), "places": places, "utterances": len(rows), "seeds": seeds, "labels": report}
@@ -210,16 +211,17 @@ def _probe(
     clusters: np.ndarray,
     splits: list[Split],
     bootstrap: int,
+    draw_speakers: bool,
 ) -> dict[str, Any]:
-    numbers = np.unique(clusters, return_inverse=True)[1]
-    count = int(numbers.max()) + 1
-    draws = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=bootstrap)
-    draws = np.concatenate([np.ones((1, count), draws.dtype), draws])
+    generator = np.random.default_rng(0)
+    weights = _draws(clusters, bootstrap, generator)
+    if draw_speakers:
+        weights = weights * _draws(np.array([str(row.get("speaker")) for row in rows]), bootstrap, generator)
     languages = np.array([str(row.get("language")) for row in rows])
 
     def over_splits(measure_of: Callable[[int, np.ndarray, np.ndarray], Measure]) -> np.ndarray:
         """(splits, draws)"""
-        return np.stack([measure_of(n, train, test)(draws[:, numbers[test]]) for n, (train, test) in enumerate(splits)])
+        return np.stack([measure_of(n, train, test)(weights[:, test]) for n, (train, test) in enumerate(splits)])
 
     def probe_at(x: np.ndarray) -> np.ndarray:
         def measure_of(seed: int, train: np.ndarray, test: np.ndarray) -> Measure:
@@ -246,6 +248,14 @@ def _probe(
             for model, at_places in measured.items()
         },
     }
+
+
+def _draws(units: np.ndarray, bootstrap: int, generator: np.random.Generator) -> np.ndarray:
+    """(1 + bootstrap, rows): how often each row's unit is drawn with replacement; first, once each."""
+    numbers = np.unique(units, return_inverse=True)[1]
+    count = int(numbers.max()) + 1
+    draws = generator.multinomial(count, np.full(count, 1 / count), size=bootstrap)
+    return np.concatenate([np.ones((1, count), draws.dtype), draws])[:, numbers]
 
 
 def _summary(values: np.ndarray) -> dict[str, Any]:

@@ -6,11 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from ..evaluation.metrics.comet import find_environment
 from ..recipes import UsageError
 from .comet import score_translations
 from .data import prepare_fine_tuning, prepare_languages, prepare_pretraining, prepare_probing
-from .plan import Cell, Scale, plan
+from .plan import Cell, Scale, at_fractions, plan
 from .report import Report
 from .run import Runner, read_result
 from .scales import SCALES
@@ -45,13 +47,11 @@ def reproduce(
         recipes: the repository's folder of recipes.
 
     Raises:
-        UsageError: if the recipes are not there, or there is no such row or study.
+        UsageError: if the recipes are not there, there is no such row or study, or another process runs in `output`.
         CometUnavailable: if COMET is asked for and cannot run; before anything else is run, as far as that can be told.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UsageError(
-            "`reproduce` starts its runs by itself, one on each GPU at most. Start it once, without a launcher."
-        )
+        raise UsageError("`reproduce` starts its runs by itself, each on one GPU. Start it once, without a launcher.")
     if comet is not None:
         find_environment(comet.get("python"))
     scale = SCALES[scale_name]
@@ -62,7 +62,9 @@ def reproduce(
             f"There are no recipes in {recipes / scale.recipes}. Run this in a checkout of the repository, or give "
             "--recipes."
         )
-    cells = plan(scale, recipes, rows, seeds, fractions)
+    if fractions is not None:
+        scale = at_fractions(scale, fractions)
+    cells = plan(scale, recipes, rows, seeds)
     if stage is not None:
         cells = [cell for cell in cells if cell.stage == stage]
     if scale.prepared and not report_only:
@@ -80,7 +82,7 @@ def reproduce(
         command += [f"--{option}", *map(str, values)] if values else []
     name = "results" if study is None else f"study-{study}"
     report = Report(scale, cells, output, shlex.join(command), name)
-    complete = report_only or Runner(cells, output, report.write, jobs=jobs).run()
+    complete = report_only or _run_alone(Runner(cells, output, report.write, jobs=jobs))
     try:
         if comet is not None:
             score_translations(cells, output, **comet)
@@ -89,6 +91,17 @@ def reproduce(
     if publish is not None:
         publish_report(report, publish, "-".join(filter(None, [scale.name, study])))
     return complete
+
+
+def _run_alone(runner: Runner) -> bool:
+    """Whether nothing failed. Two processes in one folder would remove each other's unfinished cells."""
+    try:
+        with FileLock(runner.output / ".running.lock", timeout=0):
+            return runner.run()
+    except Timeout:
+        raise UsageError(
+            f"Another process runs cells in {runner.output}. Wait for it, or give another --output."
+        ) from None
 
 
 def _prepare(scale: Scale, cells: list[Cell], study: str | None) -> None:

@@ -30,6 +30,7 @@ from ..data.joining import joined_rows
 from ..data.schema import Row, load_rows
 from ..downloads import cache_directory
 from ..evaluation.page import write_whole
+from ..evaluation.scoring import task_of
 from ..quickstart.asterisk_prompts import LANGUAGES
 from ..quickstart.small_data import write_small_data
 from ..recipes import UsageError
@@ -157,7 +158,7 @@ def prepare_languages(source: str = "auto") -> None:
         write_small_data(SMALL, source, languages=tuple(LANGUAGES))
         for part, place in (("train", lambda path: path), ("test", languages_test)):
             rows = load_rows(SMALL / f"{part}-languages.jsonl")
-            own = [row for row in rows if row.get("task", "asr") == "asr"]
+            own = [row for row in rows if task_of(row) == "asr"]
             english = [
                 {**_without_words(row), "text": row["target"]} | {"task": "asr", "target": None}
                 for row in rows
@@ -205,10 +206,19 @@ def fraction(rows: list[Row], percent: int) -> list[Row]:
 
 
 def mixture(rows: list[Row], counts: Mapping[str, int]) -> list[Row]:
-    """So many rows of every task, each as often as the others of its task."""
+    """So many rows of every task, each as often as the others of its task.
+
+    Raises:
+        UsageError: if there is none of a task.
+    """
     mixed = []
     for task, count in sorted(counts.items()):
         pool = [row for row in rows if row["task"] == task and row["duration"] <= LONGEST]
+        if not pool:
+            raise UsageError(
+                f"Of the task {task!r} there is no row to fine-tune on (up to {LONGEST:g} s long, in this part of the data). "
+                "Give larger --fractions, or data that has the task."
+            )
         if task == "asr":
             mixed += [
                 {**row, "id": f"asr {row['id']}", "task": "asr"} for row in joined_rows(pool, count, LONGEST_JOINED)

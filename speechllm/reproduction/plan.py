@@ -8,7 +8,7 @@ is data: a further row or study is an entry of a list.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from ..recipes import UsageError, read_recipe
 Settings = Mapping[str, Any]
 # Settings that change where a run writes and how it is watched, not what comes out of it.
 NOT_HASHED = ("output_dir", "feature_cache", "text_state_cache", "logging_steps", "use_cpu", "disable_tqdm")
+RESULTS = 1  # raise when cells come out otherwise for the same settings and data: those of before are run again
 MANIFESTS = ("train_data", "eval_data", "data")
 MODEL = "model"  # folder, below a pretrained cell's, of its checkpoint
 
@@ -109,6 +110,7 @@ class Cell:
         settings = {name: value for name, value in self.settings.items() if name not in NOT_HASHED}
         settings |= {name: digest(settings[name]) for name in MANIFESTS if settings.get(name)}
         parts = [self.stage, settings, self.start and self.start.hash, *(["oracle"] if self.oracle else [])]
+        parts += [RESULTS] if RESULTS > 1 else []
         text = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -185,6 +187,13 @@ def plan(
                 cell = Cell("probing", row.name, seed, {**scale.probing, "seed": seed}, start=pretraining(row, seed))
                 cells[cell.name] = cell
     return list(cells.values())
+
+
+def at_fractions(scale: Scale, fractions: Iterable[int]) -> Scale:
+    """The scale with these fractions in the place of its own and its rows'."""
+    asked = tuple(fractions)
+    rows = [replace(row, fractions=tuple(sorted(_percents(row, scale, asked), reverse=True))) for row in scale.rows]
+    return replace(scale, fractions=asked, rows=tuple(rows))
 
 
 def _percents(row: Row, scale: Scale, asked: Iterable[int] | None) -> set[int]:

@@ -27,7 +27,7 @@ from .tables import about, markdown, tables_of
 
 TEMPLATE = Path(__file__).with_name("results.html.jinja")
 BASELINES = ("none", "asr-pretraining")
-MOST_LINES = 6
+MOST_LINES = 12
 DRAWN = ("none", "asr-pretraining", "contr-cos-emb", "contr-cos-all", "contr-wasser-all")  # rows in the plots
 
 
@@ -270,7 +270,8 @@ def printed(estimate: Estimate, measure: Measure) -> dict[str, Any]:
 def figures_of(results: dict[str, Any]) -> list[tuple[str, Any, str]]:
     """(name, figure, text alternative) of what is there."""
     rows = {name: results["rows"][name] for name in DRAWN if name in results["rows"]}
-    rows |= dict(list(results["rows"].items())[: MOST_LINES - len(rows)])
+    others = {name: row for name, row in results["rows"].items() if name not in rows}
+    rows |= dict(list(others.items())[: max(0, MOST_LINES - len(rows))])
     found = []
     recalls = {
         name: {

@@ -23,6 +23,7 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib.metadata import version
 from multiprocessing import get_context, parent_process
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +123,11 @@ class Runner:
     def _finish(self, cell: Cell, future: Future) -> None:
         folder = self.output / cell.name
         if (error := future.exception()) is not None:  # of any kind: the other cells go on
-            message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            message, details = error.args if isinstance(error, CellFailed) else described(error)
             if isinstance(error, BrokenProcessPool):  # which does not say whose process it was
                 message = "a process was killed, perhaps for want of memory; run again, with fewer --jobs"
             self.failed[cell.name] = message
-            (folder / ERROR).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+            (folder / ERROR).write_text(details, encoding="utf-8")
             self.say(f"failed: {message} (see {folder / ERROR})")
             return
         result = {
@@ -195,17 +196,31 @@ class _Here(Executor):
 
 
 def executor(jobs: int) -> Executor:
-    """This process, or `jobs` others that share the processors."""
-    if jobs == 1:
+    """This process, or `jobs` others that share the processors, and of several GPUs see one each, by turns."""
+    gpus = visible_gpus()
+    if jobs == 1 and len(gpus) < 2:
         return _Here()
     threads = max(1, torch.get_num_threads() // jobs)
     # Libraries that a worker loads before it can be told (BLAS, under the probes) take a thread per core otherwise.
     os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)))
-    return ProcessPoolExecutor(jobs, get_context("spawn"), _begin_worker, (threads,))
+    context = get_context("spawn")
+    dealt = context.SimpleQueue()
+    for job in range(jobs):
+        dealt.put(gpus[job % len(gpus)] if gpus else None)
+    return ProcessPoolExecutor(jobs, context, _begin_worker, (threads, dealt))
 
 
-def _begin_worker(threads: int) -> None:
+def visible_gpus() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names them."""
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [*map(str, range(count))] if named is None else [name.strip() for name in named.split(",")][:count]
+
+
+def _begin_worker(threads: int, gpus: SimpleQueue) -> None:
     torch.set_num_threads(threads)
+    if (gpu := gpus.get()) is not None:  # before CUDA is asked anything
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
 
     def end_with_parent() -> None:  # else a killed run's cell would go on, and write where the next run's does
         parent_process().join()
@@ -214,10 +229,27 @@ def _begin_worker(threads: int) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
+class CellFailed(Exception):
+    """What `described` says of an error, without the error: its frames would keep the cell's model in memory."""
+
+
+def described(error: BaseException) -> tuple[str, str]:
+    """The first line of the message, and all of the traceback."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0], "".join(traceback.format_exception(error))
+
+
 def _timed(run: Callable[[Cell, Path], dict[str, Any]], cell: Cell, output: Path) -> dict[str, Any]:
-    begin = time.monotonic()
-    result = run(cell, output)
+    begin, failure = time.monotonic(), None
+    try:
+        result = run(cell, output)
+    except Exception as error:  # of any kind
+        failure = CellFailed(*described(error))
     gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if failure:  # not while the error is being handled, which it would refer to
+        raise failure
     return {"cell_seconds": round(time.monotonic() - begin, 1), **result}
 
 

@@ -3,7 +3,7 @@
 1. The cell's complete settings are written to `recipe.yaml` in its folder: `speechllm pretrain --config` or `speechllm
    finetune --config` with that file trains the same model.
 2. The model is trained, at the cost that `result.json` tells.
-3. A pretrained model is measured by held-out retrieval at the layers of contr-cos-all, whatever it was trained for. A
+3. A pretrained model is measured by held-out retrieval at every fifth layer and the last, whatever it was trained for. A
    fine-tuned one answers the test rows greedily; the answers, and the loss of the right ones, are kept row by row in
    `predictions.jsonl`, so that metrics and intervals can be computed later, and together with other cells'. One that is
    probed is not trained (`probing.py`).
@@ -23,6 +23,7 @@ from transformers import PrinterCallback, ProgressCallback
 from ..data.schema import Row, audio_paths
 from ..evaluation.generation import TranscriptItems
 from ..evaluation.retrieval import retrieval_ranks
+from ..evaluation.scoring import task_of
 from ..modeling_speechllm import SpeechLLMForConditionalGeneration
 from ..recipes import parse_settings
 from ..trainers import ContrastiveArguments, ContrastiveTrainer, FineTuningArguments, FineTuningTrainer
@@ -179,8 +180,8 @@ def predict(trainer: FineTuningTrainer) -> list[dict[str, Any]]:
     losses = answer_losses(trainer.speechllm, trainer)
     answers: dict[str, str] = {}
     longest = trainer.args.max_new_tokens
-    for task in dict.fromkeys(row.get("task", "asr") for row in trainer.eval_rows):
-        rows = [row for row in trainer.eval_rows if row.get("task", "asr") == task and row["id"] in losses]
+    for task in dict.fromkeys(task_of(row) for row in trainer.eval_rows):
+        rows = [row for row in trainer.eval_rows if task_of(row) == task and row["id"] in losses]
         # Greedy answers stop at the end of turn; what rambles on need not do so beyond twice the longest right answer.
         tokens = max((losses[row["id"]][1] for row in rows), default=longest)
         trainer.args.max_new_tokens = min(longest, 2 * tokens)
@@ -189,7 +190,7 @@ def predict(trainer: FineTuningTrainer) -> list[dict[str, Any]]:
     return [
         {
             "id": row["id"],
-            "task": row.get("task", "asr"),
+            "task": task_of(row),
             "speech": str(row.get("passage_id") or _recording(row)),
             **{name: row[name] for name in KEPT if name in row},
             "prediction": answers.get(row["id"], ""),

@@ -166,7 +166,7 @@ def _probed(results: Results) -> list[Table]:
         digits = 0 if percent == 100 else 2
         note = (
             f"Linear probes, {found['metric']}{' in per cent' if percent == 100 else ''}; guessing "
-            f"{percent * found['guessing']:.{digits}f}. Intervals: over test texts; splits share no "
+            f"{percent * found['guessing']:.{digits}f}. Intervals: over test {'s and '.join(found['split_by'])}s; splits share no "
             f"{' and no '.join(found['split_by'])}."
         )
         if label in STAYS:
@@ -200,19 +200,27 @@ def _cost(results: Results) -> Table:
     table = Table(
         "Cost",
         header,
-        "Of one pretraining, with the warm start that it goes on from, and of one fine-tuning; means over seeds. Frozen "
-        "features that are computed once for all rows are not counted.",
+        "Of one pretraining, with the warm start that it goes on from, and of one fine-tuning, on the largest fraction; means "
+        "over seeds. Frozen features that are computed once for all rows are not counted.",
     )
     for name, row in results["rows"].items():
-        entry, tuned = row["pretraining"], list(row["fine_tuning"].values())
-        if not entry:
-            continue
-        line = [name, f"{entry['steps']:.0f}", f"{entry['seconds']:.0f}", f"{entry['processor_seconds']:.0f}"]
-        line += [f"{entry['peak_memory_bytes'] / 1e9:.1f}", f"{entry['llm_tokens']:,.0f}"]
-        line += [f"{statistics.mean(cell['seconds'] for cell in tuned):.0f}" if tuned else ""]
-        line += [f"{statistics.mean(cell['peak_memory_bytes'] for cell in tuned) / 1e9:.1f}" if tuned else ""]
-        line += [f"{statistics.mean(cell['llm_tokens'] for cell in tuned):,.0f}" if tuned else ""]
-        table.lines.append(line)
+        entry, line = row["pretraining"], [name]
+        if entry:
+            line += [f"{entry['steps']:.0f}", f"{entry['seconds']:.0f}", f"{entry['processor_seconds']:.0f}"]
+            line += [f"{entry['peak_memory_bytes'] / 1e9:.1f}", f"{entry['llm_tokens']:,.0f}"]
+        else:  # another row's
+            line += [""] * 5
+        tuned = row["fine_tuning"].get(max(row["fine_tuning"], key=int, default=None))
+        if tuned:
+            line += [
+                f"{tuned['seconds']:.0f}",
+                f"{tuned['peak_memory_bytes'] / 1e9:.1f}",
+                f"{tuned['llm_tokens']:,.0f}",
+            ]
+        else:
+            line += [""] * 3
+        if entry or tuned:
+            table.lines.append(line)
     return table
 
 

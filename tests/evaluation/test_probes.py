@@ -107,6 +107,28 @@ def test_a_label_that_says_nothing_is_above_guessing_no_more_often_than_chance()
     assert wrong <= 3
 
 
+def test_a_voice_that_is_misjudged_as_a_whole_is_one_mistake_and_not_many():
+    """Where splits share no speaker, the interval is over speakers too."""
+    rows = labelled_rows()
+    for i, row in enumerate(rows):  # twelve speakers, three of whom sound like the other gender
+        row["speaker"] = f"{row['gender']} {i % 6}"
+    states = states_that_know(rows, "gender", noise=0.1)
+    odd = np.array([row["speaker"] in ("female 0", "male 1", "male 2") for row in rows])
+    states[odd] = states.mean(0) - (states[odd] - states.mean(0))
+    clusters = np.array(near_duplicate_clusters([row["text"] for row in rows]))
+    ((label, splits, split_by),) = probe_splits.plan_probes(rows, ["gender"])
+    assert split_by == ["text", "speaker"] and len(label.index) == len(rows)
+    of_texts, of_both = (
+        probes._probe(label, {"m": {"0": states}}, rows, clusters, splits, 300, speakers)["models"]["m"]["0"]
+        for speakers in (False, True)
+    )
+    assert of_texts["value"] == of_both["value"] > 0.5
+    widths = [high - low for low, high in (of_texts["interval"], of_both["interval"])]
+    assert widths[1] > 1.5 * widths[0]
+    reported = probe_states({"m": {"0": states}}, rows, ["gender"], bootstrap=300)["labels"]["gender"]
+    assert reported["models"]["m"]["0"]["interval"] == pytest.approx(list(of_both["interval"]))
+
+
 # ---- splits ----------------------------------------------------------------------------------------------------------
 
 

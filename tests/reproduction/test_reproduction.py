@@ -5,13 +5,16 @@ import os
 import re
 import shutil
 import signal
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import soundfile
+import torch
 import yaml
 from evaluation.test_metrics_comet import python as comet_python  # noqa: F401 (a fixture)
+from filelock import FileLock
 from tiny_training import fine_tuning, save_base_models, tiny_rows
 
 from speechllm.evaluation.metrics.comet import CometUnavailable
@@ -19,9 +22,9 @@ from speechllm.recipes import UsageError, parse_settings
 from speechllm.reproduction.claims import claims_of
 from speechllm.reproduction.command import publish_report, reproduce
 from speechllm.reproduction.measures import read_predictions
-from speechllm.reproduction.plan import Row, Scale, digest, plan
+from speechllm.reproduction.plan import Row, Scale, at_fractions, digest, plan
 from speechllm.reproduction.report import Report
-from speechllm.reproduction.run import Runner, read_result
+from speechllm.reproduction.run import Runner, executor, read_result, visible_gpus
 from speechllm.reproduction.scales import SCALES
 from speechllm.reproduction.stages import predict, run_cell
 from speechllm.reproduction.studies import STUDIES, scale_of
@@ -115,6 +118,18 @@ def test_a_row_brings_the_one_it_starts_from(world):
     assert cells[1].start is cells[0] and "speech_model" not in cells[1].settings
 
 
+def test_fractions_that_are_asked_for_are_those_of_the_claims(world):
+    scale = at_fractions(SCALES["tiny"], (100, 10))
+    names = {cell.name for cell in plan(scale, RECIPES)}
+    assert "cells/fine-tuning/contr-wasser-all-10-percent-seed-2" in names
+    assert not any("oracle-10" in name or "warm-start-1" in name for name in names)
+    of_tiny, of_both = (
+        {claim.name: len(claim.comparisons) for claim in claims_of(some)} for some in (SCALES["tiny"], scale)
+    )
+    assert of_tiny["a tenth of the data"] == 2 and of_both["a tenth of the data"] == 4
+    assert of_both["all layers"] == 2 * of_tiny["all layers"]
+
+
 def test_unknown_row(world):
     with pytest.raises(UsageError, match=r"no row 'contr'\. Choose from none, asr-pretraining"):
         cells_of(world, ["contr"])
@@ -204,6 +219,8 @@ def test_report(finished):
     assert claim["by_metric"]["verdict"] == "undecided"
     page, text = (output / "results.html").read_text(), (output / "results.md").read_text()
     assert "<svg" in page and "contr-cos-all" in page and "<script" not in page
+    cost = text.partition("## Cost")[2]
+    assert "| none | 0 |" in cost and "| contr-cos-all | 3 |" in cost
     assert "| contr-cos-all | 100% | 2 |" in text and "| contr-cos-all | de | 3 |" in text
     assert {path.name for path in (output / "plots").glob("*.svg")} >= {"retrieval.svg", "asr-wer.svg", "sqa-loss.svg"}
 
@@ -302,6 +319,42 @@ def test_failing_cell(world, tmp_path, capsys):
     fails = False
     assert Runner(cells, tmp_path, run=sometimes).run()
     assert not (tmp_path / cells[1].name / "error.txt").exists()
+
+
+def test_a_failed_cell_does_not_keep_its_model(world, tmp_path):
+    """The next one needs the memory."""
+    cells, models = cells_of(world)[:2], []
+
+    class Model:
+        pass
+
+    def run(cell, output):
+        if not models:
+            model = Model()
+            models.append(weakref.ref(model))
+            raise MemoryError("too large")
+        assert models[0]() is None, "the failed cell's model is still there"
+        return {}
+
+    assert not Runner(cells, tmp_path, run=run).run()
+    assert read_result(cells[1], tmp_path) is not None
+    assert "MemoryError: too large" in (tmp_path / cells[0].name / "error.txt").read_text()
+
+
+@pytest.mark.parametrize(("named", "seen"), [(None, {"0", "1"}), ("5, GPU-7,2", {"5", "GPU-7"})])
+def test_each_job_sees_one_gpu(monkeypatch, named, seen):
+    """One that is told of several would stop: each needs a process of its own."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert {*visible_gpus()} == seen
+    for jobs in (1, 2):
+        with executor(jobs) as workers:
+            assert {workers.submit(os.getenv, "CUDA_VISIBLE_DEVICES").result() for _ in range(3)} <= seen
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with executor(1) as workers:
+        assert workers.submit(os.getpid).result() == os.getpid()
 
 
 def test_two_at_a_time(world, finished, tmp_path):
@@ -630,6 +683,18 @@ def test_runs_are_not_started_by_a_launcher(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="Start it once, without a launcher"):
         reproduce("tiny", tmp_path, recipes=RECIPES)
+
+
+def test_one_process_runs_cells_in_a_folder(world, finished, tmp_path, monkeypatch):
+    """Another would remove what this one has not finished."""
+    output = shutil.copytree(finished[1], tmp_path / "run")
+    monkeypatch.setattr("speechllm.reproduction.command.SCALES", {"test": SCALE})
+    options = {"recipes": world / "recipes", "rows": ["none", "contr-cos-all"], "fractions": [100]}
+    with FileLock(output / ".running.lock"):
+        with pytest.raises(UsageError, match="Another process runs cells in"):
+            reproduce("test", output, **options)
+        assert reproduce("test", output, report_only=True, **options)
+    assert reproduce("test", output, **options)
 
 
 def test_an_oracle_is_trained_at_no_fraction_but_its_own():

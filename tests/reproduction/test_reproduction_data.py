@@ -49,6 +49,8 @@ def test_mixture_has_the_rows_asked_for():
     assert max(times.values()) - min(times.values()) <= 1
     assert not any("words" in row for row in mixed)
     assert mixture(fraction(rows(30), 50), counts) == mixed
+    with pytest.raises(UsageError, match="Of the task 'traits' there is no row to fine-tune on"):
+        mixture(rows(30), {**counts, "traits": 3})
 
 
 def test_rows_of_the_test_are_drawn_once_for_all():
