@@ -3,7 +3,8 @@
 Each utterance and each transcript runs through the LLM by itself, behind the prefix of pretraining; its states at a
 layer are averaged over its tokens. With n pairs (t_i, s_i) of text and speech vectors at a layer, the report has:
 
-- retrieval: how often the transcript of an utterance is its nearest by cosine (`retrieval.py`), both directions;
+- retrieval: how often the transcript of an utterance is its nearest by cosine (`retrieval.py`), both directions, each
+  beside its own chance; equal texts are one candidate;
 - loss: InfoNCE over all n pairs as one batch (`layerwise_contrastive_loss`), ln n for states that say nothing;
 - modality gap (Liang et al., 2022, "Mind the Gap"): | mean of t_i / |t_i|  -  mean of s_i / |s_i| |, the
   distance of the two centroids on the unit sphere, 0 to 2; beside it the mean cosine of pairs, and of unlike texts
@@ -39,7 +40,7 @@ from ..processing_speechllm import SpeechLLMProcessor
 from . import plots
 from .page import inline_plot, render, strict_json, write_whole
 from .pooled_states import pooled_speech, pooled_text
-from .retrieval import retrieval_intervals, retrieval_metrics
+from .retrieval import chance_of, retrieval_intervals, retrieval_metrics
 
 
 FEWEST = 4  # HSIC_1 needs so many pairs
@@ -75,9 +76,11 @@ def alignment_report(
 
     Returns:
         `layers`: layer (as text) -> `recall@1`, `recall@5`, `mean_rank` and `text_to_speech_` of these, their
-        `intervals` (95%, bootstrap over texts), `loss` (nats, of one utterance per distinct text), `modality_gap`, `cosine_pairs`, `cosine_within_text`, `cosine_within_speech`,
-        `cosine_between`, `cka`; and `utterances`, `distinct_texts`, `chance` (of recall@1), `chance_mean_rank`,
-        `chance_loss`, `transport`, `transport_left_out` (why, or `None`), `set_aside`. What cannot be measured is `None`.
+        `intervals` (95%, bootstrap over texts), `loss` (nats, of one utterance per distinct text), `modality_gap`,
+        `cosine_pairs`, `cosine_within_text`, `cosine_within_speech`, `cosine_between`, `cka`; and `utterances`,
+        `distinct_texts`, `chance` (of recall@1) and `chance_mean_rank` (of speech to text, among distinct texts), both
+        with `text_to_speech_` (among utterances), `chance_loss`, `transport`, `transport_left_out` (why, or `None`),
+        `set_aside`. What cannot be measured is `None`.
 
     Raises:
         ValueError: if fewer than 4 rows can be used, the layers or the prefix do not exist, or states are not finite.
@@ -99,12 +102,10 @@ def alignment_report(
     text = pooled_text(model, processor, texts, indices, **options)
     names = [" ".join(words_of(said)) or said for said in texts]  # as in pretraining: equal up to case and punctuation
     measured = {place: layer_alignment(text[place], speech.states[place], names, temperature) for place in text}
-    n, same = len(names), [names.count(name) for name in names]  # same: right answers for each utterance
     report = {
-        "utterances": n,
+        "utterances": len(names),
         "distinct_texts": len(set(names)),
-        "chance": sum(same) / n**2,
-        "chance_mean_rank": sum(1 + (n - right) / (right + 1) for right in same) / n,
+        **chance_of(names),
         "chance_loss": math.log(len(set(names))),
         "prefix": processor.tokenizer.decode(prefix_ids),
         "temperature": temperature,
@@ -260,6 +261,11 @@ def alignment_figures(report: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     both = {"speech to text": "recall@", "text to speech": "text_to_speech_recall@"}
     at = {k: curves({f"{name}{k}": label for label, name in both.items()}) for k in (1, 5)}
     ends = {"no better than guessing": report["chance_loss"]}
+    ranks = {"speech to text": report["chance_mean_rank"], "text to speech": report["text_to_speech_chance_mean_rank"]}
+    if len(set(ranks.values())) == 1:
+        guessing = {"guessing": report["chance_mean_rank"]}
+    else:  # the lines look alike: their heights tell them apart
+        guessing = {f"guessing, {label} ({rank:.1f})": rank for label, rank in ranks.items()}
     cosines = {
         "cosine_pairs": "an utterance and its text",
         "cosine_between": "an utterance and another text",
@@ -271,7 +277,7 @@ def alignment_figures(report: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
         "mean_rank": plots.lines_per_place(
             curves({"mean_rank": "speech to text", "text_to_speech_mean_rank": "text to speech"}),
             "mean rank (1 is best)",
-            references={"guessing": report["chance_mean_rank"]},
+            references=guessing,
         ),
         "loss": plots.lines_per_place(curves({"loss": "contrastive loss"}), "loss (nats)", references=ends),
         "modality_gap": plots.lines_per_place(
@@ -294,5 +300,7 @@ def _with_text(rows: list[Row]) -> tuple[list[Row], list[SetAside]]:
         if isinstance(row.get("text"), str) and row["text"].strip():
             kept.append(row)
         else:
-            set_aside.append(SetAside(row["id"], f"{row['id']} has no `text`. Give its transcript.", "empty transcript"))
+            set_aside.append(
+                SetAside(row["id"], f"{row['id']} has no `text`. Give its transcript.", "empty transcript")
+            )
     return kept, set_aside

@@ -1,4 +1,10 @@
-"""Retrieval between utterances and transcripts: does an utterance's nearest text say what was said?"""
+"""Retrieval between utterances and transcripts: does an utterance's nearest text say what was said?
+
+An utterance looks among the distinct texts: a wrong one that many say is still one wrong answer. A transcript looks
+among all utterances. `chance_of` has what guessing gives in each direction.
+"""
+
+from collections import Counter
 
 import numpy as np
 import torch
@@ -14,17 +20,31 @@ def retrieval_ranks(similarity: torch.Tensor, texts: list[str]) -> dict[str, tor
         texts: the transcripts; equal ones are all right answers for each other's utterances.
 
     Returns:
-        (n,) int64 from utterance to transcript under "", and of the other direction under "text_to_speech_".
+        (n,) int64 from utterance to transcript, among distinct texts, under "", and of the other direction, among all
+        utterances, under "text_to_speech_".
         Ties count against us: an item's rank is the number of wrong ones at least as similar, plus 1.
     """
     ids = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     label = torch.tensor([ids[text] for text in texts], device=similarity.device)
+    best = similarity.new_full((len(ids), len(texts)), -torch.inf)  # of each distinct text: (distinct, utterances)
+    best = best.scatter_reduce(0, label[:, None].expand_as(similarity), similarity, "amax")  # NaN stays NaN
     right = label[:, None] == label[None, :]
-    ranks = {}
-    for name, scores in (("", similarity.T), ("text_to_speech_", similarity)):  # queries x candidates
-        best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-        ranks[name] = 1 + (~(scores < best) & ~right).sum(1)  # NaN counts against us too
-    return ranks
+    own = similarity.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+    return {  # NaN counts against us too
+        "": (~(best < best.gather(0, label[None]))).sum(0),  # the right text is not below itself: the "plus 1"
+        "text_to_speech_": 1 + (~(similarity < own) & ~right).sum(1),
+    }
+
+
+def chance_of(texts: list[str]) -> dict[str, float]:
+    """`chance` (of recall@1) and `chance_mean_rank`, what guessing gives, and both with `text_to_speech_` before."""
+    n, times = len(texts), Counter(texts)
+    return {
+        "chance": 1 / len(times),
+        "chance_mean_rank": (len(times) + 1) / 2,
+        "text_to_speech_chance": sum(right**2 for right in times.values()) / n**2,
+        "text_to_speech_chance_mean_rank": sum(right * (1 + (n - right) / (right + 1)) for right in times.values()) / n,
+    }
 
 
 def retrieval_metrics(similarity: torch.Tensor, texts: list[str], ks: tuple[int, ...] = (1, 5)) -> dict[str, float]:

@@ -11,6 +11,7 @@ import torch
 from tiny import tiny_processor
 from tiny_training import contrastive, tiny_rows, tiny_trainable
 
+from speechllm.data.items import approximate_length
 from speechllm.evaluation import layerwise
 from speechllm.evaluation.layerwise import alignment_report, layer_alignment, linear_cka, modality_gap, unbiased_hsic
 from speechllm.evaluation.pooled_states import pooled_speech, pooled_text
@@ -117,6 +118,23 @@ def test_report_agrees_with_the_trainers_evaluation(trained, tmp_path):
             assert measured[name] == expected[f"eval_{name}_layer_{layer}"]
     assert report["chance"] == pytest.approx(1 / 12) and report["chance_loss"] == pytest.approx(math.log(12))
     assert report["chance_mean_rank"] == pytest.approx(6.5)
+    assert report["text_to_speech_chance"] == pytest.approx(1 / 12)
+    assert report["text_to_speech_chance_mean_rank"] == pytest.approx(6.5)
+
+
+def test_chance_where_texts_repeat(trained, tmp_path):
+    """Nine utterances of one text and three of others: four answers for an utterance, twelve for a text."""
+    model, processor, rows = trained
+    rows = [{**row, "text": "the same"} if i < 9 else row for i, row in enumerate(rows)]
+    report = alignment_report(model, processor, rows, "0", output=tmp_path, plans=0)
+    assert (report["chance"], report["chance_mean_rank"]) == (1 / 4, 2.5)
+    assert report["text_to_speech_chance"] == pytest.approx((81 + 3) / 144)
+    assert report["text_to_speech_chance_mean_rank"] == pytest.approx((9 * 1.3 + 3 * 6.5) / 12)
+    assert report["layers"]["0"]["mean_rank"] <= 4 and report["layers"]["0"]["recall@5"] == 1
+    page = " ".join((tmp_path / "alignment.html").read_text().split())
+    assert "Guessing finds 25.0 of 100 from speech to text (the line), 58.3 from text to speech." in page
+    lines = layerwise.alignment_figures(report)["mean_rank"][0].axes[0].get_lines()
+    assert {"guessing, speech to text (2.5)", "guessing, text to speech (2.6)"} <= {line.get_label() for line in lines}
 
 
 def test_pooled_states_are_means_of_transformers_states(trained):
@@ -141,6 +159,30 @@ def test_pooled_states_are_means_of_transformers_states(trained):
         states = model.model(input_ids=ids, output_hidden_states=True).hidden_states
     torch.testing.assert_close(texts["3"][1], states[3][0, 2:].mean(0), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(texts["3"][0], texts["3"][2])
+
+
+def test_lengths_for_sorting_are_on_one_scale(tmp_path):
+    """All sources of two seconds, of which no file is opened."""
+    samples, size = np.zeros(32_000, np.float32), 64_000
+    path = tmp_path / "a.wav"
+    path.write_bytes(bytes(size))
+    shard = tmp_path / "shard.tar"
+    shard.write_bytes(bytes(50 * size))
+    sources = [
+        str(path),
+        {"path": str(path)},
+        bytes(size),
+        {"bytes": bytes(size), "path": "a.wav"},
+        samples,
+        torch.from_numpy(samples)[None],
+        {"array": np.zeros(16_000), "sampling_rate": 8_000},
+        {"path": str(shard), "byte_offset": 512, "byte_length": size},
+        {"path": str(shard), "offset": 3.0, "duration": 2.0},
+        {"parts": [{"path": str(path), "duration": 0.5}, np.zeros(8_000), bytes(size // 2)]},
+    ]
+    assert [approximate_length({"audio": source}) for source in sources] == [2.0] * len(sources)
+    assert approximate_length({"audio": {"parts": [samples] * 2}, "sampling_rate": 32_000}) == 2
+    assert approximate_length({"audio": {"path": str(path), "duration": "soon"}}) == 2  # decoding will tell
 
 
 def test_plans_that_are_left_out_for_want_of_pot_are_said(trained, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from tiny import tiny_processor
 from tiny_training import tiny_rows, tiny_trainable
 
 from speechllm.evaluation.nearest_tokens import nearest_tokens
-from speechllm.evaluation.retrieval import retrieval_intervals, retrieval_metrics, retrieval_ranks
+from speechllm.evaluation.retrieval import chance_of, retrieval_intervals, retrieval_metrics, retrieval_ranks
 
 
 def test_retrieval_by_hand():
@@ -28,6 +28,41 @@ def test_equal_texts_ties_and_not_a_number():
     assert retrieval_metrics(similarity, ["same", "same"])["recall@1"] == 1
     assert retrieval_metrics(torch.ones(4, 4), list("abcd"))["recall@1"] == 0  # a collapsed model is no good one
     assert retrieval_metrics(torch.full((4, 4), torch.nan), list("abcd"))["recall@1"] == 0
+
+
+def test_a_wrong_text_that_many_say_is_one_wrong_answer():
+    """Three utterances of "a", whose text misleads one of "b"; of two spellings of "b" the nearer counts."""
+    texts = ["a", "a", "a", "b", "b"]
+    similarity = torch.tensor([[0.9, 0.9, 0.9, 0.8, 0.1]] * 3 + [[0.2, 0.9, 0.2, 0.1, 0.1], [0.1, 0.1, 0.1, 0.7, 0.2]])
+    ranks = retrieval_ranks(similarity, texts)
+    assert ranks[""].tolist() == [1, 2, 1, 2, 1]  # a tie counts against us
+    assert ranks["text_to_speech_"].tolist() == [1, 1, 1, 4, 1]
+    similarity[4, 0] = torch.nan
+    assert retrieval_ranks(similarity, texts)[""].tolist() == [2, 2, 1, 2, 1]
+
+
+def test_ranks_of_distinct_texts_are_those_among_all():
+    similarity = torch.randn(40, 40, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+    similarity[3, 5] = similarity[7, 7] = torch.nan
+    ranks = retrieval_ranks(similarity, [str(i) for i in range(40)])
+    own = similarity.diagonal()
+    assert ranks[""].tolist() == (~(similarity < own)).sum(0).tolist()
+    assert ranks["text_to_speech_"].tolist() == (~(similarity < own[:, None])).sum(1).tolist()
+
+
+@pytest.mark.parametrize("times", [[1] * 20, [8] * 5, [1, 2, 12]])
+def test_chance_is_what_similarities_that_say_nothing_give(times):
+    """Equal texts have one vector, so their rows are equal."""
+    texts = [str(i) for i, count in enumerate(times) for _ in range(count)]
+    generator, found = torch.Generator().manual_seed(0), []
+    for _ in range(3000):
+        rows = torch.randn(len(times), len(texts), generator=generator)
+        found.append(retrieval_metrics(rows[[int(text) for text in texts]], texts, ks=(1,)))
+    for prefix in ("", "text_to_speech_"):
+        for measure, name in (("recall@1", "chance"), ("mean_rank", "chance_mean_rank")):
+            values = [measured[f"{prefix}{measure}"] for measured in found]
+            error = np.std(values) / len(values) ** 0.5
+            assert chance_of(texts)[f"{prefix}{name}"] == pytest.approx(np.mean(values), abs=4 * error)
 
 
 def test_intervals_are_those_of_scipys_bootstrap():

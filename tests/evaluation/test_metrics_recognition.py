@@ -83,10 +83,25 @@ def test_normalisation():
     assert normalise("naïve café_1") == "naïve café 1"
     assert normalise("हिन्दी।") == "हिन्दी"  # vowel signs belong to the word
     assert normalise("...") == ""
+    assert normalise("it's 3, 여러분 안녕, Привет мир") == "it's 3 여러분 안녕 привет мир"  # these have spaces
     assert normaliser("none")(" A,  b ") == "A, b"
     assert normaliser("whisper-basic")("Hello, [noise] World!") == "hello world"
     with pytest.raises(ValueError, match="no normaliser 'whisper'"):
         normaliser("whisper")
+
+
+def test_punctuation_is_no_error_in_scripts_without_spaces():
+    for spoken, written in (
+        ("今天天气很好我们去公园", "今天天气很好，我们去公园。"),
+        ("トムクルーズさんこんにちは", "トム・クルーズさん、こんにちは！"),
+        ("สวัสดีครับยินดีที่ได้รู้จัก", "สวัสดีครับ ยินดีที่ได้รู้จัก"),
+        ("ສະບາຍດີຂອບໃຈ", "ສະບາຍດີ, ຂອບໃຈ"),
+        ("សួស្តីអរគុណ", "សួស្តី។ អរគុណ"),
+        ("မင်္ဂလာပါကျေးဇူး", "မင်္ဂလာပါ။ ကျေးဇူး"),
+    ):
+        assert recognition_metrics([written], [spoken]) == {"wer": 0, "cer": 0}
+    assert normalise("我用 iPhone 15，很好。 对") == "我用 iphone 15 很好对"  # spaces beside other scripts stay
+    assert normaliser("none")("很好， 对") == "很好， 对"
 
 
 def test_english_normalisation_needs_no_network(monkeypatch, tmp_path):

@@ -53,7 +53,27 @@ def test_languages_are_scored_apart_and_averaged():
     assert np.isfinite(found["bleu_interval"]).all()
 
 
+def test_a_code_and_its_name_are_one_language():
+    rows = [{"id": str(i), "target": GERMAN[i], "target_language": ("de", "German", "de")[i]} for i in range(3)]
+    assert score("st", rows, by_id(ANSWERS)) == score("st", rows_of(GERMAN, target_language="de"), by_id(ANSWERS))
+    rows.append({"id": "fr", "target": "Un petit test.", "target_language": "fr"})
+    found = score("st", rows, by_id(ANSWERS) | {"fr": "Un test."})
+    assert {name for name in found if name.startswith("bleu")} >= {"bleu", "bleu_German", "bleu_fr"}
+    assert "bleu_de" not in found and found["bleu_German"] == sacrebleu.corpus_bleu(ANSWERS, [GERMAN]).score
+
+
 def test_tokenizer_follows_the_language():
+    names = (
+        "Simplified Chinese",
+        "Chinese (Simplified)",
+        "Mandarin Chinese",
+        "yue",
+        "yue_hant_hk",
+        "Cantonese",
+        "zho_Hans",
+    )
+    assert {bleu_tokenizer(name) for name in names} == {"zh"}
+    assert {bleu_tokenizer(name) for name in ("English", "en-US", "Mandarese", "")} == {"13a"}
     assert [bleu_tokenizer(name) for name in (None, "de", "zh-CN", "cmn_hans_cn", "Chinese")] == ["13a"] * 2 + [
         "zh"
     ] * 3
@@ -117,6 +137,30 @@ def test_choices_are_named_by_whole_words():
     assert named_choice("", ["male", "female"]) is None
     assert named_choice("It is VERY slow!", ["slow", "very slow", "fast"]) == "very slow"
     assert named_choice("very slow, slow", ["slow", "very slow"]) is None
+
+
+def test_choices_that_differ_in_symbols_only():
+    for choices in (["<30", ">30"], ["5 dB", "-5 dB"], ["+", "-"], ["C", "C++"]):
+        for choice in choices:
+            for answer in (choice, f" {choice.lower()}\n", f"I would say {choice}, well-known."):
+                assert named_choice(answer, choices) == choice == named_choice(answer, choices[::-1])
+        assert named_choice(" or ".join(choices), choices) is None
+    assert named_choice("It is −5 dB.", ["5 dB", "-5 dB"]) == "-5 dB"  # with the minus of typesetters
+    assert named_choice("It is 15 dB.", ["5 dB", "-5 dB", "15 dB"]) == "15 dB"
+    assert named_choice("30", ["<30", ">30"]) is None and named_choice("", ["+", "-"]) is None
+    assert named_choice("a very-slow voice", ["+", "very slow", "slow"]) == "very slow"  # no others are like these
+    found = score("traits", rows_of(["<30", ">30"], trait="age"), by_id(["<30", "The speaker is >30."]))
+    assert found["accuracy"] == 1
+
+
+def test_choices_in_scripts_without_spaces():
+    assert named_choice("说话者是女性。", ["男性", "女性"]) == "女性"
+    assert named_choice("说话者，是女性，不是男性。", ["男性", "女性"]) is None
+    assert named_choice("语速很快。", ["快", "很快"]) == "很快"
+    assert named_choice("ผู้พูดเป็นผู้หญิงครับ", ["ผู้ชาย", "ผู้หญิง"]) == "ผู้หญิง"
+    assert named_choice("他13岁。", ["3岁", "13岁"]) == "13岁" and named_choice("他13岁。", ["3岁", "4岁"]) is None
+    assert named_choice("说话者是female。", ["male", "female"]) == "female"
+    assert named_choice("नरी", ["नर"]) is None  # a vowel sign goes on with the word
 
 
 def test_traits_are_scored_as_by_scikit_learn():

@@ -2,7 +2,7 @@
 
 | name | what it does | from |
 |---|---|---|
-| `basic` | lower case, no punctuation (apostrophes inside words stay), single spaces | the paper |
+| `basic` | lower case, no punctuation (apostrophes inside words stay), single spaces (none in unspaced scripts) | the paper |
 | `whisper-basic` | lower case, no brackets and what they hold, no symbols or punctuation | Radford et al., 2022, Appendix C |
 | `whisper-english` | also contractions, numbers, titles, fillers, British to American spelling | the same; English only |
 | `none` | single spaces | |
@@ -24,14 +24,23 @@ from transformers.models.whisper.english_normalizer import BasicTextNormalizer, 
 Normaliser = Callable[[str], str]
 
 SPELLINGS = Path(__file__).with_name("english_spellings.json")
+# Scripts that put no spaces between words: Thai, Lao, Myanmar, Khmer; Hiragana, Katakana, Han.
+UNSPACED = (
+    r"\u0e00-\u0eff\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f\u1780-\u17ff"
+    r"\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
+)
 
 
 def normalise(text: str) -> str:
-    """Lower case, without punctuation, single spaces (the paper's normalisation); apostrophes inside words stay."""
+    """Lower case, without punctuation, single spaces (the paper's normalisation); apostrophes inside words stay.
+
+    Between characters of scripts without spaces there are none, or a comma more or less would be an error.
+    """
     text = unicodedata.normalize("NFKC", text).casefold().replace("’", "'")
     text = re.sub(r"(?<!\w)'|'(?!\w)", " ", text)
     # Letters, digits, and the marks that many scripts write their vowels with.
-    return " ".join("".join(c if c == "'" or unicodedata.category(c)[0] in "LNM" else " " for c in text).split())
+    text = " ".join("".join(c if c == "'" or unicodedata.category(c)[0] in "LNM" else " " for c in text).split())
+    return re.sub(rf"(?<=[{UNSPACED}]) (?=[{UNSPACED}])", "", text)
 
 
 @cache

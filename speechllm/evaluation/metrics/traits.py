@@ -1,27 +1,54 @@
 """Accuracy and macro-F1 of labels named in answers: who speaks, how fast, in what noise.
 
 A generated answer counts as the label that it names: the one choice whose words occur in it ("The speaker is female." is
-"female"). An answer that names none, or several, is wrong and belongs to no class.
+"female"). An answer that names none, or several, is wrong and belongs to no class. Symbols count only where labels
+differ in nothing else ("5 dB", "-5 dB").
 Macro-F1 is the unweighted mean of F1 over the labels that occur in the references.
 """
 
+import re
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
-from .normalisation import normalise
+from .normalisation import UNSPACED, normalise
 from .resampling import CorpusMetric
 
 
 def named_choice(answer: str, choices: Sequence[str]) -> str | None:
-    """The choice that `answer` names, by whole words; "very slow" is not also "slow". None: no choice, or several."""
-    rest, named = f" {normalise(answer)} ", []
-    for choice in sorted(choices, key=lambda choice: -len(normalise(choice))):
-        words = f" {normalise(choice)} "
-        if words in rest:
-            named.append(choice)
-            rest = rest.replace(words, " | ")
+    """The choice that `answer` is, or the one that it names by whole words; "very slow" is not also "slow".
+
+    In scripts without spaces any place is a word's. None: no choice, or several.
+    """
+    spelt = {choice: (normalise(choice), _with_symbols(choice)) for choice in choices}
+    rests, named = [normalise(answer), _with_symbols(answer)], []
+    for choice, (_, exact) in spelt.items():
+        if exact == rests[1]:
+            return choice
+    alike = Counter(words for words, _ in spelt.values())
+    for choice, forms in sorted(spelt.items(), key=lambda item: [-len(form) for form in item[1]]):  # longest first
+        decides = 0 if forms[0] and alike[forms[0]] == 1 else 1
+        for i, (words, more) in enumerate(zip(forms, (rf"[^\s{UNSPACED}]", rf"[^\W{UNSPACED}]"))):
+            if words and words in rests[i]:
+                rests[i], count = re.subn(_whole(words, more), " | ", rests[i])
+                if count and i == decides:
+                    named.append(choice)
     return named[0] if len(named) == 1 else None
+
+
+def _with_symbols(text: str) -> str:
+    """Lower case, single spaces; all symbols stay."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-").split())
+
+
+def _whole(words: str, more: str) -> str:
+    """A pattern of whole `words`. more: what a word goes on with, which may not stand beside them."""
+    # At a character of a script without spaces any place may begin or end a word.
+    before = "" if re.match(f"[{UNSPACED}]", words[0]) else f"(?<!{more})"
+    after = "" if re.match(f"[{UNSPACED}]", words[-1]) else f"(?!{more})"
+    return before + re.escape(words) + after
 
 
 def classification(labels: Sequence[str], predicted: Sequence[str | None]) -> dict[str, CorpusMetric]:

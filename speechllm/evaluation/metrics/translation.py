@@ -2,19 +2,21 @@
 
 The tokenizer of BLEU is sacreBLEU's own choice for the target language: 13a, for Chinese `zh`, for Japanese and Korean
 `ja-mecab` and `ko-mecab`. With several target languages each is scored by itself and the mean over languages is the
-result, as papers average over directions.
+result, as papers average over directions. A code and its English name ("de", "German") are one language.
 """
 
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from ...data.prompts import LANGUAGES
 from .resampling import CorpusMetric
 
 
-# How data sets write languages whose BLEU needs a tokenizer of its own.
+# How data sets write languages whose BLEU needs a tokenizer of its own: one of the words of their names.
 TOKENIZED_BY_LANGUAGE = {
-    "zh": ("chinese", "mandarin", "cmn", "zho"),
+    "zh": ("chinese", "mandarin", "cantonese", "cmn", "yue", "zho"),
     "ja": ("japanese", "jpn"),
     "ko": ("korean", "kor"),
 }
@@ -29,7 +31,8 @@ def translation(
         languages: target language of each utterance, a code ("de", "zh-CN") or an English name ("Chinese"); None: 13a.
 
     Returns:
-        With several languages also `bleu_<language>`, `chrf++_<language>` and their signatures.
+        With several languages also `bleu_<language>`, `chrf++_<language>` and their signatures, by the language's first
+        name in alphabetical order.
 
     Raises:
         ModuleNotFoundError: if sacreBLEU, or what it needs for Japanese or Korean, is not installed.
@@ -41,8 +44,11 @@ def translation(
             'BLEU and chrF++ need sacreBLEU. Install it with `pip install "speechllm[evaluation]"`.'
         ) from error
 
-    metrics, signatures = {}, {}
-    names = sorted({str(language) for language in languages})
+    metrics, signatures, first = {}, {}, {}
+    for name in sorted({str(language) for language in languages}):
+        first.setdefault(LANGUAGES.get(name, name), name)
+    languages = [first[LANGUAGES.get(name, name)] for name in map(str, languages)]
+    names = list(first.values())
     for name, make in (
         ("bleu", lambda language: sacrebleu.BLEU(tokenize=bleu_tokenizer(language))),
         ("chrf++", lambda language: sacrebleu.CHRF(word_order=2)),
@@ -50,7 +56,7 @@ def translation(
         parts = []
         for language in names:
             metric = make(language)
-            chosen = np.array([str(other) == language for other in languages])
+            chosen = np.array([other == language for other in languages])
             statistics = metric._extract_corpus_statistics(  # sacreBLEU's own way for resampling
                 [text for text, mine in zip(hypotheses, chosen) if mine],
                 [[text for text, mine in zip(references, chosen) if mine]],
@@ -75,8 +81,8 @@ def bleu_tokenizer(language: str | None) -> str:
     """
     from sacrebleu.metrics.bleu import BLEU
 
-    name = str(language).lower().replace("_", "-").split("-")[0]
-    code = next((code for code, others in TOKENIZED_BY_LANGUAGE.items() if name == code or name in others), None)
+    words = re.findall(r"[^\W_]+", str(language).lower())  # "zh-CN", "Chinese (Simplified)"
+    code = next((code for code, others in TOKENIZED_BY_LANGUAGE.items() if {code, *others}.intersection(words)), None)
     tokenizer = BLEU._TOKENIZER_MAP.get(code, BLEU.TOKENIZER_DEFAULT)
     if tokenizer.endswith("-mecab"):
         try:
