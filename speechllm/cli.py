@@ -97,7 +97,7 @@ def _train(command: Callable, arguments: list[str], settings_type: type, trainer
         print("\n".join(data.reports), flush=True)
     model, processor = load_model(model_settings, settings)
     trainer = trainer_type(model, settings, train, held_out, processor)
-    trainer.set_aside.update({item.id: item for item in data.set_aside})
+    trainer.note_set_aside(data.set_aside)
     run_training(trainer)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlencode
 
 import torch
 from datasets import IterableDataset
@@ -91,8 +92,12 @@ class DataArguments:
         default=False,
         metadata={"help": "Read the training data as a stream, never as a whole; needs --max_steps."},
     )
-    data_config: str | None = field(default=None, metadata={"help": "Configuration of the Hub's data set."})
-    data_split: str = field(default="train", metadata={"help": "Split of the Hub's data set."})
+    data_config: str | None = field(
+        default=None, metadata={"help": "Configuration of the Hub's data sets whose source has no `name`."}
+    )
+    data_split: str | None = field(
+        default=None, metadata={"help": "Split of the Hub's data sets whose source has no `split`; default: train."}
+    )
     columns: str | None = field(  # once parsed, a dict
         default=None,
         metadata={"help": 'The data\'s own names of columns as JSON, e.g. \'{"text": "sentence"}\'.'},
@@ -171,10 +176,19 @@ class DataArguments:
 
         Raises:
             ManifestError: if a source cannot be used; with `strict`, if a row cannot.
+            UsageError: if settings do not go with the sources.
         """
         self.set_aside, self.reports = [], []
-        specs = read_specs(self.train_data)
-        held_out = [row for spec in read_specs(self.eval_data or []) for row in self._loaded(spec)]
+        specs, held_out_specs = read_specs(self.train_data), read_specs(self.eval_data or [])
+        specs = [_named(spec) for spec in specs] if self.streaming else specs
+        if options := self._hub_options():
+            if not any(parse_spec(spec).kind == "hub" for spec in specs + held_out_specs):
+                raise UsageError(
+                    "--data_split and --data_config are for data sets of the Hub, and no source is one. Name it "
+                    "hub:OWNER/NAME, or leave them out."
+                )
+            specs, held_out_specs = ([_on_the_hub(spec, options) for spec in some] for some in (specs, held_out_specs))
+        held_out = [row for spec in held_out_specs for row in self._loaded(spec)]
         if self.streaming:
             return self._stream(specs), with_ids(held_out)
         limits = {"minimum_seconds": self.minimum_seconds, "maximum_seconds": self.maximum_seconds}
@@ -205,7 +219,6 @@ class DataArguments:
         return loaded.rows
 
     def _stream(self, specs: list[Spec]) -> IterableDataset:
-        specs = [self._on_the_hub(spec) for spec in specs]
         options = {"minimum_seconds": self.minimum_seconds, "maximum_seconds": self.maximum_seconds}
         options |= {"fraction": self.train_fraction, "seed": self.subset_seed, "packed": len(specs) > 1}
         streams = [stream_source(spec, self.columns, **options) for spec in specs]
@@ -220,16 +233,29 @@ class DataArguments:
             return weights
         return shares([stream_size(spec, self.columns) for spec in specs], weights, self.mixture_temperature)
 
-    def _on_the_hub(self, spec: Spec) -> Spec:
-        """A line that names nothing here is a data set of the Hub, with `data_config` and `data_split`."""
-        here = not isinstance(spec, str) or os.path.exists(spec) or Path(spec).suffix in MANIFESTS
-        if here or ":" in spec or "{" in spec:
-            return spec
-        named = {"name": self.data_config} if self.data_config else {}
-        return {"source": f"hub:{spec}", "split": self.data_split, **named}
+    def _hub_options(self) -> dict[str, str]:
+        options = {"name": self.data_config, "split": self.data_split}
+        return {name: value for name, value in options.items() if value is not None}
 
     def _prompted(self, row: Row) -> Row:
         return with_drawn_prompt(row, self.subset_seed, self.prompt_languages)
+
+
+def _named(spec: Spec) -> Spec:
+    """A line that names nothing here is a data set of the Hub."""
+    here = not isinstance(spec, str) or os.path.exists(spec) or Path(spec).suffix in MANIFESTS
+    return spec if here or ":" in spec or "{" in spec else f"hub:{spec}"
+
+
+def _on_the_hub(spec: Spec, options: dict[str, str]) -> Spec:
+    """A data set of the Hub with those options that it does not have itself; another source as it is."""
+    source = parse_spec(spec)
+    options = {name: value for name, value in options.items() if name not in source.options}
+    if source.kind != "hub" or not options:
+        return spec
+    if isinstance(spec, str) and not spec.lstrip().startswith("{"):
+        return f"{spec}{'&' if '?' in spec else '?'}{urlencode(options)}"
+    return {**(json.loads(spec) if isinstance(spec, str) else spec), **options}
 
 
 def load_model(

@@ -177,7 +177,7 @@ def test_finetune_resume_transcribe_and_info(pretrained, recipe, tmp_path, capsy
     manifest.write_text("".join(
         json.dumps({"audio": str(path), "text": text}) + "\n"
         for path, text in [(bad, "no"), *((recipe.parent / f"{i}.wav", f"word {i}") for i in range(12))]
-    ))  # fmt: skip
+    ) + 3 * (json.dumps({"id": "same", "audio": str(recipe.parent / "0.wav"), "text": "word 0"}) + "\n"))  # fmt: skip
     values.update(model=str(pretrained), train_data=str(manifest), max_new_tokens=3, lora_rank=2, max_steps=4,
                   output_dir=str(tmp_path / "tuned"), save_strategy="steps", save_steps=2)  # fmt: skip
     (tmp_path / "finetune.yaml").write_text(yaml.safe_dump(values))
@@ -185,9 +185,11 @@ def test_finetune_resume_transcribe_and_info(pretrained, recipe, tmp_path, capsy
     assert main([*command, "--feature_cache", str(tmp_path / "cache")]) == 0
     printed = capsys.readouterr().out
     assert "1 utterance(s) set aside: audio cannot be decoded; e.g. " in printed and "wer" in printed
-    assert "bad.wav" in (tmp_path / "tuned" / "set_aside.jsonl").read_text()
+    listed = (tmp_path / "tuned" / "set_aside.jsonl").read_text()
+    assert "bad.wav" in listed and listed.count("same is there twice") == 2
     assert main([*command, "--max_steps", "5"]) == 0
     assert f"Resuming from {tmp_path / 'tuned' / 'checkpoint-4'}" in capsys.readouterr().out
+    assert (tmp_path / "tuned" / "set_aside.jsonl").read_text().count("same is there twice") == 2
 
     good = str(recipe.parent / "0.wav")
     transcribe = ["transcribe", "--model", str(tmp_path / "tuned"), "--max-new-tokens", "3"]

@@ -84,7 +84,13 @@ def counted(set_aside: Iterable[SetAside]) -> list[str]:
     ]
 
 
-def check_rows(rows: Iterable[Row | SetAside], name: str, strict: bool = False, for_training: bool = True) -> Loaded:
+def check_rows(
+    rows: Iterable[Row | SetAside],
+    name: str,
+    strict: bool = False,
+    for_training: bool = True,
+    with_audio: bool = True,
+) -> Loaded:
     """The usable rows and the rest.
 
     Args:
@@ -92,6 +98,7 @@ def check_rows(rows: Iterable[Row | SetAside], name: str, strict: bool = False, 
         name: of the source, for messages.
         strict: stop at what cannot be used.
         for_training: whether a row needs a prompt and an answer to be used.
+        with_audio: whether it needs audio.
 
     Raises:
         ManifestError: if nothing can be used; in strict mode, if anything cannot.
@@ -101,7 +108,7 @@ def check_rows(rows: Iterable[Row | SetAside], name: str, strict: bool = False, 
         item = (
             row
             if isinstance(row, SetAside)
-            else problem(row := with_target(row), f"{name}, row {number}", known, for_training)
+            else problem(row := with_target(row), f"{name}, row {number}", known, for_training, with_audio)
         )
         if item is None and row.get("id") not in (None, ""):
             key = (str(row["id"]), *(str(row.get(part)) for part in ("task", "target_language", "question", "trait")))
@@ -121,21 +128,24 @@ def check_rows(rows: Iterable[Row | SetAside], name: str, strict: bool = False, 
     return Loaded(with_ids(loaded.rows), loaded.set_aside)
 
 
-def problem(row: Row, name: str, known: dict[str, str | None], for_training: bool = True) -> SetAside | None:
+def problem(
+    row: Row, name: str, known: dict[str, str | None], for_training: bool = True, with_audio: bool = True
+) -> SetAside | None:
     """Why a row cannot be used as far as can be said without decoding its audio.
 
     Args:
         name: of a row that has no id.
         known: file -> what is wrong with it, filled here: long recordings have many rows.
         for_training: whether the row needs a prompt and an answer.
+        with_audio: whether it needs audio.
     """
     name = str(row.get("id") or name)
     audio = row.get("audio")
     if any(map(not_utf8, [name, *audio_paths(audio)])):  # which no manifest could name
         return SetAside(repr(name), f"{name!r} has a name that is not UTF-8. Rename the file.", "name is not UTF-8")
-    if audio is None or (isinstance(audio, str | dict) and not audio):
+    if with_audio and (audio is None or (isinstance(audio, str | dict) and not audio)):
         return SetAside(name, f"{name} has no `audio`. Give it one.", "no audio")
-    for path in audio_paths(audio):
+    for path in audio_paths(audio) if with_audio else ():
         if path not in known:
             known[path] = _file_problem(path)
         if known[path]:

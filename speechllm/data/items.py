@@ -1,12 +1,13 @@
 """From rows to model inputs: one dataset class per training stage, one collator for both.
 
 An item holds the audio either as encoder input (`segments`) or, where a cache of encoder frames is at hand, as frames
-(`frames`), next to token ids with the right number of placeholders. Rows whose audio cannot be used become `SetAside`
-items; the collator leaves them out of the batch and passes their names on.
+(`frames`), next to token ids with the right number of placeholders. Rows whose audio cannot be used, or that are longer
+than the LLM's context, become `SetAside` items; the collator leaves them out of the batch and passes their names on.
 """
 
 import os
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 import torch
@@ -27,12 +28,20 @@ class SpeechItems(Dataset):
         rows: of the schema (`schema.py`).
         processor: of the model.
         frames: cache of encoder frames (see `trainers/frozen_states.py`); `None` prepares encoder input instead.
+        context: tokens that the LLM has positions for (`SpeechLLMConfig.context`); longer items are set aside.
     """
 
-    def __init__(self, rows: list[Row], processor: SpeechLLMProcessor, frames: FeatureCache | None = None):
+    def __init__(
+        self,
+        rows: list[Row],
+        processor: SpeechLLMProcessor,
+        frames: FeatureCache | None = None,
+        context: float = inf,
+    ):
         self.rows = with_ids(rows)
         self.processor = processor
         self.frames = frames
+        self.context = context
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -41,9 +50,16 @@ class SpeechItems(Dataset):
         row = self.rows[index]
         try:
             speech, frames = self._speech(row)
-            return {"index": index, **speech, **self._text(row, frames)}
+            text = self._text(row, frames)
         except AudioError as error:
             return SetAside(row["id"], str(error), "audio cannot be decoded")
+        if (length := _longest(text)) > self.context:
+            reason = (
+                f"{row['id']} takes {length:,} tokens, {self.speech_tokens(frames):,} of them speech, and the LLM has a "
+                f"context of {self.context:,}. Cut its audio or text, or leave it out (maximum_seconds)."
+            )
+            return SetAside(row["id"], reason, "longer than the LLM's context")
+        return {"index": index, **speech, **text}
 
     def first_usable(self) -> dict[str, Any]:
         """The first item that can be used; stands in where a whole batch cannot.
@@ -84,6 +100,12 @@ class SpeechItems(Dataset):
 
     def _text(self, row: Row, segment_frames: list[int]) -> dict[str, Any]:
         raise NotImplementedError
+
+
+def _longest(text: dict[str, Any]) -> int:
+    """Tokens of the longest sequence of an item."""
+    parts = [text, *(part for part in text.get("further", {}).values() if isinstance(part, dict))]
+    return max(len(part[name]) for part in parts for name in ("input_ids", "text_input_ids") if name in part)
 
 
 # A row and the encoder frames of its segments -> a prompt (`input_ids`, `labels`), or what else an objective needs.
@@ -205,15 +227,26 @@ class SpeechCollator:
 
 
 def approximate_length(row: Row) -> float:
-    """For sorting: the row's duration in seconds where it is known, else the size of its audio."""
+    """For sorting: the row's duration in seconds where it is known, else a guess from its audio. Files are not opened;
+    their bytes count as 16-bit WAV at 16 kHz, so compressed ones are underestimated."""
     if row.get("duration"):
         return float(row["duration"])
-    audio = row["audio"]
+    audio, rate = row["audio"], row.get("sampling_rate")
     if isinstance(audio, dict):
+        if audio.get("parts"):
+            return sum(approximate_length({"audio": part, "sampling_rate": rate}) for part in audio["parts"])
+        if audio.get("array") is None:
+            for name, per_second in (("duration", 1), ("byte_length", 32_000)):
+                if isinstance(audio.get(name), int | float) and audio[name] > 0:  # what else it is, decoding tells
+                    return audio[name] / per_second
+        rate = audio.get("sampling_rate", rate)
         audio = next((audio[name] for name in ("array", "bytes", "path") if audio.get(name) is not None), "")
     if isinstance(audio, str | os.PathLike):
         try:
-            return float(os.path.getsize(audio))
+            return os.path.getsize(audio) / 32_000
         except OSError:
             return 0.0
-    return float(len(audio)) if hasattr(audio, "__len__") else 0.0
+    if isinstance(audio, bytes | bytearray | memoryview):
+        return len(audio) / 32_000
+    shape = getattr(audio, "shape", None) or (len(audio) if hasattr(audio, "__len__") else 0,)
+    return max(shape) / (rate or 16_000)

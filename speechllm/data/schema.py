@@ -171,7 +171,7 @@ def load_stream(
 
     Args:
         source: a Parquet or JSON Lines file, a folder of such files (its shards), or the id of a data set on the Hub.
-            Relative audio paths are relative to the folder.
+            Relative audio paths are relative to the folder. (Of JSON Lines, `stream_source` takes rows of any columns.)
         columns: the schema's name of a column -> the data's own, where they differ.
         name, split: configuration and split of the Hub's data set.
 
@@ -190,8 +190,8 @@ def load_stream(
             known = rows.column_names or list(next(iter(rows.take(1)), {}))
             given = [name for name in columns.values() if name in known]  # not parts of columns
             rows = rows.map(partial(renamed, columns=columns), remove_columns=given)
-        if path.exists():
-            rows = rows.map(partial(_located, folder=str(path if path.is_dir() else path.parent)))
+        folder = path if path.is_dir() else path.parent
+        rows = rows.map(partial(_located, folder=str(folder) if path.exists() else None))
         first = next(iter(rows.take(1)), None)
     except ManifestError:
         raise
@@ -219,13 +219,15 @@ def _shards(path: Path) -> tuple[str, list[str]]:
     return kinds.pop(), [str(file) for file in files]
 
 
-def _located(row: Row, folder: str) -> Row:
-    """The row with the path of its audio (where it has no bytes) relative to `folder`, and with its segment."""
+def _located(row: Row, folder: str | None) -> Row:
+    """The row as `_checked` has it; of the Hub (`folder` is `None`), as `with_seconds` has it."""
     try:
-        row = _segmented(row)
+        row = with_seconds(row) if folder is None else _segmented(_with_lists(row))
     except ManifestError as error:
-        row = {**row, "set_aside": {"reason": f"{row.get('id') or row.get('audio')}: {error}", "kind": "a bad number"}}
-    return {**row, "audio": located_audio(row.get("audio"), folder)}
+        audio = row.get("audio")
+        name = row.get("id") or (audio.get("path") if isinstance(audio, dict) else audio)  # its bytes are no name
+        return {**row, "set_aside": {"reason": f"{name}: {error}", "kind": "malformed row"}}
+    return row if folder is None else {**row, "audio": located_audio(row.get("audio"), folder)}
 
 
 def renamed(row: Row, columns: dict[str, str]) -> Row:
@@ -254,19 +256,39 @@ def _part(row: Any, name: str) -> Any:
 def _checked(row: Any, path: Path, place: str, folder: str | os.PathLike, with_audio: bool = True) -> Row:
     audio = row.get("audio") if isinstance(row, dict) else None
     if with_audio and (not isinstance(audio, str | dict) or not audio):
-        raise ManifestError(f"{path}, {place}: there is no `audio`. Every row needs one (a path).")
+        others = ", ".join(map(repr, row)) if isinstance(row, dict) and "audio" not in row else ""
+        hint = f" If it is one of {others}, name it: columns.audio=..." if others else ""
+        raise ManifestError(f"{path}, {place}: there is no `audio`. Every row needs one (a path).{hint}")
     if not isinstance(row, dict):
         raise ManifestError(f"{path}, {place} is a {type(row).__name__}, not an object with columns.")
     if undecodable := [name for name, value in row.items() if isinstance(value, str) and not_utf8(value)]:
         raise ManifestError(f"{path}, {place}: `{undecodable[0]}` is not UTF-8. Save the file as such.")
-    for name in LISTS:
-        if isinstance(row.get(name), str):  # as CSV writes a list
-            row[name] = row[name].split("|")
     try:
-        row = _segmented(row)
+        row = _segmented(_with_lists(row))
     except ManifestError as error:
         raise ManifestError(f"{path}, {place}: {error}") from None
     return {**row, "audio": located_audio(row["audio"], folder)} if audio else row
+
+
+def _with_lists(row: Row) -> Row:
+    """The row with lists for texts with "|" between them, as CSV writes a list."""
+    texts = {name: row[name].split("|") for name in LISTS if isinstance(row.get(name), str)}
+    return {**row, **texts}
+
+
+def with_seconds(row: Row, names: Sequence[str] = ("duration",)) -> Row:
+    """The row with numbers in these columns.
+
+    Raises:
+        ManifestError: if one of them is no number.
+    """
+    for name in names:
+        if row.get(name) is not None:
+            try:
+                row = {**row, name: float(row[name])}
+            except (TypeError, ValueError):
+                raise ManifestError(f"the {name} is {row[name]!r}. Give seconds, or leave it out.") from None
+    return row
 
 
 def _segmented(row: Row) -> Row:
@@ -275,12 +297,7 @@ def _segmented(row: Row) -> Row:
     Raises:
         ManifestError: if one of them is no number.
     """
-    for name in ("duration", "offset"):
-        if row.get(name) is not None:
-            try:
-                row = {**row, name: float(row[name])}
-            except (TypeError, ValueError):
-                raise ManifestError(f"the {name} is {row[name]!r}. Give seconds, or leave it out.") from None
+    row = with_seconds(row, ("duration", "offset"))
     if row.get("offset") is None or not row.get("audio"):
         return row
     audio = row["audio"] if isinstance(row["audio"], dict) else {"path": row["audio"]}

@@ -88,6 +88,7 @@ def load_source(
     maximum_seconds: float | None = None,
     seed: int = 0,
     for_training: bool = True,
+    with_audio: bool = True,
 ) -> Loaded:
     """The rows of a source, and what of it cannot be used.
 
@@ -98,15 +99,17 @@ def load_source(
             the corpus does not tell are read from the headers of the audio files.
         seed: of the fraction.
         for_training: whether rows without a prompt, or without an answer to learn, are set aside.
+        with_audio: whether rows need audio. (With a limit on the duration they do.)
 
     Raises:
         ManifestError: if there is no such source, it is malformed as a whole, or nothing of it can be used; in strict
             mode, if anything cannot.
     """
     source = parse_spec(spec, columns, minimum_seconds, maximum_seconds)
-    loaded = check_rows(open_source(source), source.spec, strict, for_training)
     limited = source.minimum_seconds is not None or source.maximum_seconds is not None
-    for look in [with_durations] * limited + [decodable] * strict:
+    with_audio = with_audio or limited
+    loaded = check_rows(open_source(source, with_audio), source.spec, strict, for_training, with_audio)
+    for look in [with_durations] * limited + [decodable] * (strict and with_audio):
         again = check_rows(look(loaded.rows), source.spec, strict, for_training)
         loaded = Loaded(again.rows, loaded.set_aside + again.set_aside)
     rows = [row for row in loaded.rows if within_limits(row, source.minimum_seconds, source.maximum_seconds)]

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,11 @@ from .checking import duration_of
 from .corpora.generic import described_size, is_saved, shards
 from .feature_cache import audio_key
 from .mixtures import PACKED, pack
-from .schema import ManifestError, Row, SetAside, audio_paths, load_stream
+from .schema import ManifestError, Row, SetAside, audio_paths, load_stream, manifest_rows
 from .sources import Source, Spec, open_source, parse_spec, wanted, within_limits
+
+
+LOOKED_AT = 100  # rows of a file of a manifest, before it is read as a stream
 
 
 def stream_source(
@@ -59,15 +63,18 @@ def stream_source(
     source.fraction *= fraction
     folder = source.place if os.path.isdir(source.place) else os.path.dirname(source.place)
     folder = folder if os.path.exists(source.place) else None
+    files = _files(source)
     if source.kind == "hub" and not is_saved(source.place):
         options = {name: source.options[name] for name in ("name", "split") if name in source.options}
         rows = load_stream(source.place, source.columns or None, **options)
-    elif source.kind == "manifests" or (source.kind == "manifest" and source.place.endswith((".jsonl", ".parquet"))):
+    elif source.kind in ("manifest", "manifests") and {path.suffix for path in files} == {".parquet"}:
         rows = load_stream(source.place, source.columns or None)
-    else:
-        places = [str(path) for path in shards(Path(source.place))] if source.kind == "webdataset" else [source.place]
-        sources = [json.dumps({**asdict(source), "place": place}) for place in places]
-        next(_generated(sources, folder, seed), None)  # errors of the source as a whole, now and not in a worker
+    else:  # `datasets` would have all JSON Lines of the columns of the first, and end at the first that is malformed
+        sources = [json.dumps({**asdict(source), "place": str(path)}) for path in files]
+        if source.kind in ("manifest", "manifests"):
+            _look_into(sources, folder)
+        else:
+            next(_generated(sources, folder, seed), None)  # errors of the source as a whole, now and not in a worker
         features = PACKED if packed else None
         return datasets.IterableDataset.from_generator(
             _generated,
@@ -81,12 +88,45 @@ def stream_source(
     return rows.map(pack, remove_columns=names, features=PACKED) if packed else rows
 
 
+def _files(source: Source) -> list[Path]:
+    """What are shards of the stream: the files of a folder of manifests or of WebDataset shards, or the place itself."""
+    place = Path(source.place)
+    if source.kind == "manifests":
+        return sorted(path for path in place.rglob("*") if path.suffix in (".jsonl", ".parquet"))
+    return (source.kind == "webdataset" and shards(place)) or [place]
+
+
+def _opened(source: Source, folder: str | None) -> Iterator[Row | SetAside]:
+    """The rows of a source, or of one file of a folder of manifests."""
+    if source.kind == "manifests":
+        return manifest_rows(source.place, source.columns, folder)
+    return manifest_rows(source.place, source.columns) if source.kind == "manifest" else open_source(source)
+
+
+def _look_into(sources: list[str], folder: str | None) -> None:
+    """
+    Raises:
+        ManifestError: if a file cannot be read or is empty, or no row that stands early in one of them can be used.
+    """
+    aside, usable = [], False
+    for text in sources:
+        for row in islice(_opened(Source(**json.loads(text)), folder), 1 if usable else LOOKED_AT):
+            usable = usable or not isinstance(row, SetAside)
+            if usable:
+                break
+            aside.append(row)
+    if not usable:
+        raise ManifestError(f"None of the first {len(aside)} row(s) can be used. {aside[0].reason}")
+
+
 def _generated(sources: list[str], folder: str | None, seed: int, packed: bool = False) -> Iterator[Row]:
     for text in sources:
         source = Source(**json.loads(text))
-        for row in open_source(source):
+        for row in _opened(source, folder):
             if isinstance(row, SetAside):
                 row = {"id": row.id, "set_aside": {"reason": row.reason, "kind": row.kind}}
+            else:
+                row = {**row, **source.row}
             if _kept(row, source, folder, seed):
                 yield pack(row) if packed else row
 
@@ -97,11 +137,10 @@ def _with_columns(row: Row, added: dict[str, Any]) -> Row:
 
 def _kept(row: Row, source: Source, folder: str | None, seed: int) -> bool:
     """Whether the source's options leave the row in. What is set aside has no columns to choose it by."""
-    return (
-        ("set_aside" in row or wanted(row, source.only))
-        and (source.fraction == 1 or in_part(row_name(row, folder), source.fraction, seed))
-        and _within_limits_by_its_audio(row, source.minimum_seconds, source.maximum_seconds)
-    )
+    if source.fraction < 1 and not in_part(row_name(row, folder), source.fraction, seed):
+        return False
+    limits = (source.minimum_seconds, source.maximum_seconds)
+    return "set_aside" in row or (wanted(row, source.only) and _within_limits_by_its_audio(row, *limits))
 
 
 def in_part(name: str, fraction: float, seed: int = 0) -> bool:
@@ -161,10 +200,7 @@ def stream_size(spec: Spec, columns: dict[str, str] | None = None) -> float:
 
 
 def _known_size(source: Source) -> int | None:
-    if source.kind == "manifests":
-        files = [path for path in Path(source.place).rglob("*") if path.suffix in (".jsonl", ".parquet")]
-    else:
-        files = [Path(source.place)]
+    files = _files(source)
     if all(path.suffix == ".parquet" for path in files):
         try:
             return None if source.only else sum(ParquetFile(path).metadata.num_rows for path in files)

@@ -29,6 +29,7 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import Dataset
 
+from .checking import malformed
 from .items import SpeechCollator, SpeechItems, approximate_length
 from .sampling import packed_batches
 from .schema import ManifestError, Row, SetAside, unusable, with_target
@@ -140,7 +141,9 @@ class StreamBatches(Dataset):
             row = with_target({**row, "id": _name(row) or f"row {number} of reader {reader}"})
             if found := row.get("set_aside"):  # by `stream_sources.py`
                 self._set_aside(SetAside(row["id"], **found))
-            elif found := unusable(row, self.problem):
+            elif reason := malformed(row):
+                self._set_aside(SetAside(row["id"], reason, "malformed row"))
+            elif found := unusable(row := _without_blanks(row), self.problem):
                 self._set_aside(found)
             else:
                 rows.append(row)
@@ -214,6 +217,12 @@ def _name(row: Row) -> str | None:
         path = f"{path} at {audio['offset']:g} s"
     name = path if row.get("id") in (None, "") else row["id"]
     return None if name is None else str(name)
+
+
+def _without_blanks(row: Row) -> Row:
+    """The row without a transcript or an answer of white space alone: nothing is to be learned from it."""
+    blank = [name for name in ("text", "target") if isinstance(row.get(name), str) and not row[name].strip()]
+    return {name: value for name, value in row.items() if name not in blank}
 
 
 def _plain(value: Any) -> Any:

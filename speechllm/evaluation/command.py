@@ -42,7 +42,8 @@ class EvaluationArguments:
         },
     )
     oracle: bool = field(
-        default=False, metadata={"help": "Give the LLM each transcript in the place of the audio: the ceiling."}
+        default=False,
+        metadata={"help": "Give the LLM each transcript in the place of the audio, which is not needed: the ceiling."},
     )
     batch_size: int = field(default=16, metadata={"help": "Utterances per device."})
     max_new_tokens: int = field(default=256, metadata={"help": "Longest answer."})
@@ -132,8 +133,9 @@ def run_evaluation(settings: EvaluationArguments) -> dict[str, Any]:
     if settings.comet:
         comet = {"python": settings.comet_python, "model": settings.comet_model, "gpus": settings.comet_gpus}
     rows, set_aside = [], []
+    with_audio = settings.alignment or not settings.oracle
     for source in read_specs(settings.data):
-        loaded = load_source(source, settings.strict, for_training=False)
+        loaded = load_source(source, settings.strict, for_training=False, with_audio=with_audio)
         rows += loaded.rows
         set_aside += loaded.set_aside
     options = {"dtype": getattr(torch, settings.dtype)} if settings.dtype else {}
@@ -192,6 +194,8 @@ def summary(metrics: dict[str, Any], output: str) -> list[str]:
                 lines.append(f"  {name:<22}{value:.4f}{interval}")
         if against := found.get("against_baseline"):
             lines.append(f"  against the baseline, {against['utterances']} common utterance(s):")
+            if others := against["other_references"]:
+                lines.append(f"    left out: {others} with other references there")
             for name, test in against["tests"].items():
                 known = test["difference"] is not None
                 said = f"{test['difference']:+.4f}  p = {test['p']:.4g}" if known else "cannot be compared"

@@ -26,16 +26,17 @@ from ..data.schema import Row, SetAside, with_ids, with_target
 from ..hub.training_summary import library_versions
 from ..modeling_speechllm import SpeechLLMForConditionalGeneration
 from ..processing_speechllm import SpeechLLMProcessor
-from .generation import generate_answers
+from .generation import generate_answers, lacks_transcript
 from .layerwise import FEWEST, alignment_report, layer_indices
 from .metrics.comet import CometUnavailable, comet_score, find_environment
 from .metrics.normalisation import normaliser
 from .page import strict_json, write_whole
-from .prediction_files import PredictionFiles, input_key
+from .prediction_files import PredictionFiles, answered_ids, input_key
 from .report import write_report
 from .scoring import (
     Baseline,
     EvaluationError,
+    check_metrics,
     compare,
     compare_comet,
     is_scored,
@@ -94,7 +95,7 @@ def evaluate_model(
     Args:
         rows: of the data schema; those of tasks without a metric, or without a reference, are answered but not scored.
         output: folder for `predictions.jsonl`, `metrics.json` and `report.html`. Answers that it already holds, made by
-            the same model with the same settings, are kept.
+            the same model with the same settings, are kept; all of them must be to rows that are there.
         tasks: evaluate these only; default: all that the rows have.
         prompts: by task, the prompt in place of the rows' own; may name columns, as in "{question} Be brief."
         oracle: put each row's transcript in the place of its audio: what the LLM answers if nothing is lost in hearing.
@@ -121,8 +122,9 @@ def evaluate_model(
         The content of `metrics.json`; `tasks` holds, by task, `metrics`, their intervals, and counts.
 
     Raises:
-        EvaluationError: if nothing can be evaluated, the folder holds answers made otherwise, or the data has faults and
-            `strict` is set.
+        EvaluationError: if nothing can be evaluated, the folder holds answers made otherwise or to other data, or the
+            data has faults and `strict` is set.
+        ModuleNotFoundError: if a package of the metrics is not installed.
         CometUnavailable: if COMET is asked for and cannot run.
         ValueError, CheckpointError: if alignment or text abilities cannot be measured.
         (What else was asked for is written before, where any of this is only found out at the end.)
@@ -142,6 +144,7 @@ def evaluate_model(
         normaliser(normalisation)
     except ValueError as error:
         raise EvaluationError(str(error)) from None
+    check_metrics(request.rows)
     if comet is not None:
         if not any(task_of(row) == "st" and is_scored(row) and row.get("text") for row in request.rows):
             raise EvaluationError(
@@ -171,7 +174,7 @@ def evaluate_model(
     }
     scoring = {"seed": seed, "normalisation": normalisation, "error_alignment": error_alignment, "cluster": cluster}
     if state.is_main_process:
-        _claim(output, made_by)
+        _claim(output, made_by, {row["id"] for row in request.rows} | {item.id for item in request.set_aside})
     state.wait_for_everyone()
     inputs = {(row["id"], prompt_of(row)): input_key(row, oracle) for row in request.rows}
     files = PredictionFiles(output, state.process_index, inputs)
@@ -255,6 +258,9 @@ def _request(rows: list[Row], tasks: list[str] | None, prompts: dict[str, str], 
             cause = "no audio"
             if row.get("audio") is None and not oracle:
                 raise ValueError(f"{row['id']} has no `audio`. Give it one.")
+            cause = "empty transcript"
+            if oracle and (reason := lacks_transcript(row)):
+                raise ValueError(reason)
             cause = f"task {task_of(row)!r} without a prompt"
             if task_of(row) in prompts:
                 row = {**row, "prompt": filled(row, prompts[task_of(row)])}
@@ -316,11 +322,14 @@ def model_identity(model: SpeechLLMForConditionalGeneration) -> dict[str, Any]:
     }
 
 
-def _claim(output: Path, made_by: dict[str, Any]) -> None:
+def _claim(output: Path, made_by: dict[str, Any], ids: set[str]) -> None:
     """Note in the folder what its predictions are made with.
 
+    Args:
+        ids: of all rows, also of those set aside, which may have had answers.
+
     Raises:
-        EvaluationError: if it holds predictions that were made otherwise.
+        EvaluationError: if it holds predictions that were made otherwise, or answers to other rows.
     """
     path = output / SETTINGS_FILE
     wanted = json.loads(json.dumps(made_by))
@@ -336,6 +345,11 @@ def _claim(output: Path, made_by: dict[str, Any]) -> None:
                         f"{output} holds predictions of another run ({part} {name}: {found.get(part, {}).get(name)}, now "
                         f"{value}). Choose another --output, or remove that folder."
                     )
+    if lost := sorted(answered_ids(output) - ids):  # which would not be in the file at the end
+        raise EvaluationError(
+            f"{output} holds the answers to {len(lost)} utterance(s) that are not in this data, the first: {lost[0]}. "
+            "They would be lost. Choose another --output, or remove that folder."
+        )
     write_whole(path, json.dumps(wanted, indent=2) + "\n")
 
 
@@ -364,7 +378,7 @@ def _score(
         if scored:
             options = _options_for(task, scored, scoring)
             found[task].update(score_task(task, scored, predictions, bootstrap=bootstrap, **options))
-            found[task]["utterance_scores"] = utterance_scores(task, scored, predictions, options.get("normalisation"))
+            found[task]["utterance_scores"] = utterance_scores(task, scored, predictions, **options)
             if baseline is not None:
                 found[task]["against_baseline"] = compare(task, scored, predictions, baseline, **options)
     return found

@@ -30,13 +30,17 @@ class TranscriptItems(AnswerItems):
 
     def __getitem__(self, index: int) -> dict[str, Any] | SetAside:
         row = self.rows[index]
-        if not row.get("text"):
-            reason = f"{row['id']} has no transcript (`text`) to put in the place of its audio."
+        if reason := lacks_transcript(row):
             return SetAside(row["id"], reason, "empty transcript")
         question, *answer = chat_of({"audio": None, **row}, with_answer=self.with_answer)
         transcript = {"type": "text", "text": f"{row['text']}\n"}
         parts = [transcript if part["type"] == "audio" else part for part in question["content"]]
         return {"index": index, **self._ids([{**question, "content": parts}, *answer], [])}
+
+
+def lacks_transcript(row: Row) -> str | None:
+    """Why the row has nothing to put in the place of its audio."""
+    return None if row.get("text") else f"{row['id']} has no transcript (`text`) to put in the place of its audio."
 
 
 class PromptCollator(SpeechCollator):
@@ -103,8 +107,9 @@ def generate_answers(
     state = PartialState()
     data = TranscriptItems(rows, processor) if oracle else AnswerItems(rows, processor, frames, with_answer=False)
     done = {i for i, row in enumerate(rows) if (row["id"], prompt_of(row)) in files.answers}
-    # What could not be used is tried again, but does not make its whole batch be answered again.
-    done |= {i for i, row in enumerate(rows) if row["id"] in files.unusable and isinstance(data[i], SetAside)}
+    if not strict:  # which is to stop there
+        # What could not be used is tried again, but does not make its whole batch be answered again.
+        done |= {i for i, row in enumerate(rows) if row["id"] in files.unusable and isinstance(data[i], SetAside)}
     lengths = [len(row.get("text") or "") if oracle else approximate_length(row) for row in rows]
     batches = [batch for batch in sorted_batches(lengths, batch_size) if not done.issuperset(batch)]
     batches = batches[state.process_index :: state.num_processes]

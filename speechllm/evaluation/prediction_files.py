@@ -124,6 +124,12 @@ def read_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
     return lines
 
 
+def answered_ids(folder: Path) -> set[str]:
+    """The utterances that a folder's prediction files hold answers to."""
+    paths = folder.glob("predictions*.jsonl")
+    return {line["id"] for path in paths for line in read_lines(path) if "prediction" in line}
+
+
 def _encoded(line: dict[str, Any]) -> bytes:
     try:
         return json.dumps(line, ensure_ascii=False).encode() + b"\n"

@@ -4,7 +4,8 @@ import json
 import math
 import os
 from collections import defaultdict
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from .prediction_files import read_lines
 GROUPS = {"asr": "language", "st": "language", "sqa": "language", "traits": "trait"}
 # What one utterance is judged by, and whether more is better; BLEU says little about a single sentence.
 UTTERANCE_METRIC = {"asr": ("wer", False), "st": ("chrf++", True), "sqa": ("f1", True), "traits": ("accuracy", True)}
+FEW = 3  # references of each task and target language that show whether the packages of its metrics are there
 
 
 class EvaluationError(ValueError):
@@ -41,6 +43,22 @@ def is_scored(row: Row) -> bool:
     return task_of(row) in MAIN_METRIC and bool(references_of(row))
 
 
+def check_metrics(rows: list[Row]) -> None:
+    """Score a few references against themselves, so that nothing is found to be missing after hours of answers.
+
+    Raises:
+        ModuleNotFoundError: if a package of a task's metrics, or what one of its target languages needs, is not
+            installed.
+    """
+    few = defaultdict(list)
+    for row in filter(is_scored, rows):
+        few[task_of(row), str(row.get("target_language"))].append(row)
+    for (task, _), members in few.items():
+        right = {row["id"]: references_of(row)[0] for row in members[:FEW]}
+        with suppress(ScoringError):  # what these few lack, as words, others may have
+            score(task, members[:FEW], right)
+
+
 def score_task(task: str, rows: list[Row], predictions: dict[str, str], **options: Any) -> dict[str, Any]:
     """`metrics` of all rows and, where they differ in language or trait, of each of their `groups`.
 
@@ -53,7 +71,7 @@ def score_task(task: str, rows: list[Row], predictions: dict[str, str], **option
     def scored(members: list[Row]) -> dict[str, Any]:
         try:
             return {"utterances": len(members), "metrics": score(task, members, predictions, **options)}
-        except ScoringError as error:  # no reference has a word
+        except (ScoringError, ModuleNotFoundError) as error:  # no reference has a word; other tasks have metrics
             return {"utterances": len(members), "metrics": {}, "reason": str(error)}
 
     groups = defaultdict(list)
@@ -66,14 +84,16 @@ def score_task(task: str, rows: list[Row], predictions: dict[str, str], **option
     return found
 
 
-def utterance_scores(
-    task: str, rows: list[Row], predictions: dict[str, str], normalisation: str | None = None
-) -> dict[str, float]:
-    """Id -> the utterance's own `UTTERANCE_METRIC`; without those that have none (a reference without a word)."""
-    options = {"normalisation": normalisation} if normalisation else {}
+def utterance_scores(task: str, rows: list[Row], predictions: dict[str, str], **options: Any) -> dict[str, float]:
+    """Id -> the utterance's own `UTTERANCE_METRIC`; without those that have none (a reference without a word).
+
+    Args:
+        options: of `metrics.score`; what is of resampling says nothing about one utterance.
+    """
+    options = {name: value for name, value in options.items() if name not in ("bootstrap", "seed", "cluster")}
     try:
         values = scores_of(task, rows, predictions, UTTERANCE_METRIC[task][0], **options)
-    except ScoringError:  # no reference has a word
+    except (ScoringError, ModuleNotFoundError):  # for which `score_task` has the reason
         return {}
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
@@ -86,18 +106,20 @@ def worst_first(task: str, scores: dict[str, float]) -> list[str]:
 
 @dataclass
 class Baseline:
-    """Another evaluation, by task and id: its `predictions`; and by id their scores by `comet_model`, if it has any."""
+    """Another evaluation, by task and id: its `predictions` and the `references` that they were scored by, where it tells
+    them; and by id their scores by `comet_model`, if it has any."""
 
     predictions: dict[str | None, dict[str, str]]
     comet: dict[str, float]
     comet_model: str | None
+    references: dict[str | None, dict[str, list[str]]] = field(default_factory=dict)
 
 
 def read_baseline(path: str | os.PathLike) -> Baseline:
     """The evaluation in a folder, or (of the predictions alone) in a file.
 
     Raises:
-        EvaluationError: if there are no predictions.
+        EvaluationError: if there are no predictions, or one is not a text.
     """
     path = Path(path)
     path = path / "predictions.jsonl" if path.is_dir() else path
@@ -106,6 +128,11 @@ def read_baseline(path: str | os.PathLike) -> Baseline:
     lines = [line for line in read_lines(path) if "prediction" in line]
     if not lines:
         raise EvaluationError(f"{path} holds no predictions. Give the --output of another evaluation.")
+    if odd := [line for line in lines if not isinstance(line["prediction"], str)]:
+        raise EvaluationError(
+            f"{path}: the prediction of {odd[0]['id']} is {odd[0]['prediction']!r:.80}, not a text. "
+            'Write "" where there is no answer, or leave the line out.'
+        )
     try:
         metrics = json.loads(path.with_name("metrics.json").read_text(encoding="utf-8"))
         comet_model = metrics["tasks"]["st"]["metrics"]["comet_model"]
@@ -114,33 +141,52 @@ def read_baseline(path: str | os.PathLike) -> Baseline:
     # Ids alone do not do: of two tasks of a recording either may have been left out here or there. A run in progress, and
     # a file of one's own, name no tasks.
     predictions: dict[str | None, dict[str, str]] = defaultdict(dict)
+    references: dict[str | None, dict[str, list[str]]] = defaultdict(dict)
     for line in lines:
         predictions[line.get("task")][line["id"]] = line["prediction"]
+        if line.get("references"):
+            references[line.get("task")][line["id"]] = line["references"]
     return Baseline(
         predictions,
         {line["id"]: line["comet"] for line in lines if line.get("comet") is not None},
         comet_model,
+        references,
     )
+
+
+def of_task(values: dict[str | None, dict[str, Any]], task: str) -> dict[str, Any]:
+    """A baseline's values of a task by id, those of lines that name no task among them."""
+    return {**values.get(None, {}), **values.get(task, {})}
+
+
+def same_references(task: str, rows: list[Row], baseline: Baseline) -> list[Row]:
+    """The rows without those that have other references in the baseline: under the same id, as "row 5", another subset has
+    another utterance."""
+    told = of_task(baseline.references, task)
+    return [row for row in rows if told.get(row["id"]) in (None, references_of(row))]
 
 
 def compare(
     task: str, rows: list[Row], predictions: dict[str, str], baseline: Baseline, **options: Any
 ) -> dict[str, Any]:
-    """Paired tests against another run over the rows that both have: how many `utterances`, and, by metric, `tests`."""
-    others = {**baseline.predictions.get(None, {}), **baseline.predictions.get(task, {})}
-    common = [row for row in rows if row["id"] in others]
+    """Paired tests against another run over the rows that both have: how many `utterances`, how many were left out for
+    their `other_references` there, and, by metric, `tests`."""
+    others = of_task(baseline.predictions, task)
+    both = [row for row in rows if row["id"] in others]
+    common = same_references(task, both, baseline)
     try:
         tests = paired_tests(task, common, predictions, others, **options) if common else {}
-    except ScoringError:  # no common reference has a word
+    except (ScoringError, ModuleNotFoundError):  # no common reference has a word; or `score_task` has the reason
         tests = {}
-    return {"utterances": len(common), "tests": tests}
+    return {"utterances": len(common), "other_references": len(both) - len(common), "tests": tests}
 
 
 def compare_comet(
     rows: list[Row], scores: dict[str, float], model: str, baseline: Baseline, **options: Any
 ) -> dict[str, dict[str, Any]]:
     """The paired test of COMET, to add to `tests`; none without scores of the same model for the same rows."""
-    common = [row for row in rows if row["id"] in baseline.comet] if model == baseline.comet_model else []
+    both = [row for row in rows if row["id"] in baseline.comet] if model == baseline.comet_model else []
+    common = same_references("st", both, baseline)
     if not common:
         return {}
     return {"comet": {**comet_test(common, scores, baseline.comet, **options), "utterances": len(common)}}

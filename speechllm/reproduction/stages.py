@@ -63,7 +63,7 @@ def _trainer(folder: Path, settings_type: type, trainer_type: type, max_steps: i
     train, held_out = data.load()
     model, processor = load_model(model_settings, settings)
     trainer = trainer_type(model, settings, train, held_out, processor)
-    trainer.set_aside = {item.id: item for item in data.set_aside} | trainer.set_aside
+    trainer.note_set_aside(data.set_aside)
     return _quiet(trainer)
 
 

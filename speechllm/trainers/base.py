@@ -11,7 +11,8 @@
 import json
 import logging
 import os
-from collections.abc import Hashable, Iterator
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -131,6 +132,11 @@ class SpeechLLMTrainer(CheckpointingTrainer):
             _check_stream_settings(args)
         if isinstance(eval_dataset, IterableDataset):
             raise ValueError("`eval_dataset` is a stream; give its rows as a list, e.g. list(stream.take(200)).")
+        if args.eval_strategy != "no" and (eval_dataset is None or not len(eval_dataset)):
+            raise ValueError(
+                f"eval_strategy is {args.eval_strategy.value!r}, and there is nothing to evaluate on. Give `eval_dataset` "
+                "(--eval_data or --held_out), or leave eval_strategy at 'no'."
+            )
         for name, instead in NOT_HERE.items():
             if kwargs.get(name) is not None:
                 raise ValueError(f"`{name}` has no effect here: {instead}.")
@@ -142,7 +148,7 @@ class SpeechLLMTrainer(CheckpointingTrainer):
                 "or show it one (CUDA_VISIBLE_DEVICES=0)."
             )
         self.speechllm = model
-        self.set_aside: dict[str, SetAside] = {}  # by id
+        self.set_aside: dict[Hashable, SetAside] = {}  # see `note_set_aside`
         self.llm_tokens = 0  # tokens, without padding, that passed through the LLM in this process, to train
         self._terms: dict[str, torch.Tensor] = {}  # name -> sums of weighted values and of weights since the last log
         self._listed = 0  # utterances in `set_aside.jsonl`
@@ -165,7 +171,7 @@ class SpeechLLMTrainer(CheckpointingTrainer):
         before = set(self.set_aside)
         self.eval_rows = self._usable(eval_dataset)
         if eval_dataset is not None and len(eval_dataset) and not self.eval_rows:
-            first = next((item.reason for name, item in self.set_aside.items() if name not in before), "see the log.")
+            first = next((item.reason for key, item in self.set_aside.items() if key not in before), "see the log.")
             raise ValueError(f"None of the {len(eval_dataset)} row(s) of `eval_dataset` can be used: {first}")
         self.train_dataset = self.items(self.train_rows) if self.train_rows else None
         self.eval_dataset = self.items(self.eval_rows) if self.eval_rows else None
@@ -347,11 +353,21 @@ class SpeechLLMTrainer(CheckpointingTrainer):
 
     # ---- utterances set aside --------------------------------------------------------------------------------------
 
-    def _note(self, items: list[SetAside]) -> None:
+    def note_set_aside(self, items: Iterable[SetAside]) -> list[SetAside]:
+        """List these in `set_aside.jsonl` too; returns those that were not listed before. Equal ones of one call are
+        several rows (of manifests that share ids, say), those of another call the same rows again."""
+        times, new = Counter(), []
         for item in items:
-            if item.id not in self.set_aside:
-                logger.warning("Set aside: %s", item.reason)
-                self.set_aside[item.id] = item
+            times[item] += 1
+            key = (item.id, item.reason, times[item])
+            if key not in self.set_aside:
+                self.set_aside[key] = item
+                new.append(item)
+        return new
+
+    def _note(self, items: list[SetAside]) -> None:
+        for item in self.note_set_aside(items):
+            logger.warning("Set aside: %s", item.reason)
 
     def write_set_aside(self) -> None:
         """List what was set aside, over all processes, in `set_aside.jsonl`, and count it by cause in the log."""
@@ -390,8 +406,9 @@ class SpeechLLMTrainer(CheckpointingTrainer):
         listed = Path(self.args.output_dir) / SET_ASIDE
         if listed.is_file():  # by the part of the run before this one
             lines = listed.read_text(encoding="utf-8").split("\n")
-            before = [SetAside(**json.loads(line)) for line in lines if line]
-            self.set_aside = {item.id: item for item in before} | self.set_aside
+            known, self.set_aside = self.set_aside, {}
+            self.note_set_aside(SetAside(**json.loads(line)) for line in lines if line)
+            self.note_set_aside(known.values())
 
     @property
     def _has_ended(self) -> bool:

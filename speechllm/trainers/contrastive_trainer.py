@@ -160,6 +160,7 @@ class ContrastiveTrainer(SpeechLLMTrainer):
             rows,
             self.processing_class,
             self.frames,
+            self.headless.config.context,
             prefix=self.prefix,
             text_states=self.text_states,
             further=self.terms.further(rows),

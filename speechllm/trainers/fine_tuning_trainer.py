@@ -111,7 +111,8 @@ class FineTuningTrainer(SpeechLLMTrainer):
 
     def items(self, rows: list[Row], with_answer: bool = True) -> AnswerItems:
         """Prompts with speech, and the answers, or (to generate them) without."""
-        return AnswerItems(rows, self.processing_class, self.frames, with_answer=with_answer)
+        context = self.headless.config.context
+        return AnswerItems(rows, self.processing_class, self.frames, context, with_answer=with_answer)
 
     def problem(self, row: Row) -> str | None:
         """A missing prompt or answer."""

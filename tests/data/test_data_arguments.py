@@ -130,6 +130,60 @@ def test_settings_that_make_no_sense(corpora, arguments, message):
         load("--train_data", "a.jsonl", *arguments)
 
 
+@pytest.fixture
+def hub(corpora, monkeypatch):
+    """A data set with two configurations of two splits, in the form of a repository."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(corpora / "cache"))
+    folder = corpora / "org" / "data"
+    folder.mkdir(parents=True)
+    for name in ("en", "de"):
+        for split in ("train", "dev"):
+            rows = [{"audio": str(corpora / "wav" / f"{i}.wav"), "text": f"{name} {split}"} for i in range(2)]
+            datasets.Dataset.from_list(rows).to_parquet(folder / f"{name}-{split}.parquet")
+    files = "".join(
+        f"- config_name: {name}\n  data_files:\n"
+        + "".join(f"  - split: {split}\n    path: {name}-{split}.parquet\n" for split in ("train", "dev"))
+        for name in ("en", "de")
+    )
+    (folder / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
+    return "hub:org/data"
+
+
+def test_split_and_configuration_of_the_hub_hold_where_a_source_has_none(hub):
+    options = ("--data_config", "de", "--data_split", "dev")
+    sources = (hub, f"{hub}?row.language=de", f"{hub}?name=en", f"{hub}?split=train")
+    _, train, held_out = load("--train_data", *sources, "a.jsonl", "--eval_data", f"{hub}?split=train", *options)
+    texts = [row["text"] for row in train]
+    assert texts[:8:2] == ["de dev", "de dev", "en dev", "de train"] and texts[8:] == [f"number {i}" for i in range(20)]
+    assert train[2]["language"] == "de" and [row["text"] for row in held_out] == ["de train"] * 2
+    for spec in ({"source": hub}, '{"source": "hub:org/data"}'):
+        rows, _ = DataArguments([spec], data_config="en", data_split="dev").load()
+        assert {row["text"] for row in rows} == {"en dev"}
+    assert {row["text"] for row in load("--train_data", f"{hub}?name=de")[1]} == {"de train"}
+
+
+def test_split_and_configuration_hold_for_streams_of_the_hub(monkeypatch):
+    asked = []
+
+    def load_dataset(*arguments, **options):
+        asked.append((*arguments, options["split"]))
+        return datasets.Dataset.from_list([{"audio": "a.wav", "text": "a"}]).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    options = ("--data_config", "de", "--data_split", "dev", "--streaming", "true")
+    load("--train_data", "org/one", "hub:org/two", "hub:org/three?name=en&split=test", *options)
+    load("--train_data", "org/four", "--streaming", "true")
+    assert asked == [
+        ("org/one", "de", "dev"), ("org/two", "de", "dev"), ("org/three", "en", "test"), ("org/four", None, "train")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("option", ["--data_config", "--data_split"])
+def test_options_of_the_hub_without_a_data_set_of_the_hub_are_refused(corpora, option):
+    with pytest.raises(UsageError, match="no source is one. Name it hub:OWNER/NAME"):
+        load("--train_data", "a.jsonl", option, "dev")
+
+
 def test_a_stream_of_several_sources_trains(corpora):
     (corpora / "a.jsonl").write_text("".join((corpora / "a.jsonl").read_text().splitlines(keepends=True)[:20]))
     stream, _ = load("--train_data", "a.jsonl", f"{MUST_C}&weight=3", "--streaming", "true", "--prompts", "drawn",

@@ -1,8 +1,10 @@
 """The one door to data: every kind of source, options, what is set aside and counted, strict mode, streams."""
 
+import io
 import json
 import os
 import shutil
+import tarfile
 from datetime import datetime
 
 import corpora_in_miniature as miniature
@@ -17,7 +19,7 @@ from speechllm.data.checking import check_rows
 from speechllm.data.feature_cache import audio_key
 from speechllm.data.manifests import write_sources
 from speechllm.data.schema import ManifestError, load_rows
-from speechllm.data.sources import load_source, parse_spec, read_specs
+from speechllm.data.sources import load_source, open_source, parse_spec, read_specs
 from speechllm.data.stream_sources import stream_source
 
 
@@ -100,6 +102,60 @@ def test_folders_with_transcripts(recordings):
     (recordings / "empty").mkdir()
     with pytest.raises(ManifestError, match="holds no recordings"):
         load_source(str(recordings / "empty"))
+
+
+def test_a_transcript_of_several_recordings_is_of_none(recordings):
+    folder = recordings / "named"
+    for name in ("a", "one/a", "one/b", "two/b", "one/c", "one/d", "one/e"):
+        miniature.sound(folder / f"{name}.wav")
+    miniature.sound(folder / "one" / "c.flac")  # the same recording in another format
+    lines = ["a right", "one/b.wav right", "b whose", "c right", "d one", "d other", "e right", "e right"]
+    (folder / "transcripts.txt").write_text("\n".join(lines))
+    loaded = load_source(str(folder))
+    assert {row["text"] for row in loaded.rows} == {"right"}
+    assert [row["id"] for row in loaded.rows] == ["a.wav", "one/b.wav", "one/c.flac", "one/c.wav", "one/e.wav"]
+    assert [(item.id, item.kind) for item in loaded.set_aside] == [
+        ("one/a.wav", "name of several recordings"),
+        ("one/d.wav", "several transcripts"),
+        ("two/b.wav", "name of several recordings"),
+    ]
+    assert "2 recordings are called a. Write folder and name" in loaded.set_aside[0].reason
+    assert "has 2 different lines in" in loaded.set_aside[1].reason
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('["s0"]', "00000/sub/0000: its JSON is a list, not an object with columns."),
+        ('{"duration": "long"}', "00000/sub/0000: the duration is 'long'. Give seconds, or leave it out."),
+    ],
+)
+def test_the_json_of_a_shard_is_an_object_with_numbers(recordings, content, message):
+    with tarfile.open(recordings / "00000.tar", "w") as archive:
+        for i, text in enumerate((content, '{"duration": "0.4"}')):
+            for ending, data in (("wav", (recordings / f"wav/{i}.wav").read_bytes()), ("json", text.encode())):
+                member = tarfile.TarInfo(f"sub/{i:04}.{ending}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    (aside, row) = open_source(parse_spec(str(recordings / "00000.tar")))
+    assert (aside.reason, aside.kind) == (message, "malformed row") and row["duration"] == 0.4
+    (aside, row) = stream_source(str(recordings / "00000.tar"), minimum_seconds=0.1)
+    assert aside["set_aside"]["reason"] == message and row["duration"] == 0.4
+
+
+def test_durations_of_the_hub_are_numbers(recordings, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(recordings / "cache"))
+    rows = [{"audio": str(recordings / f"wav/{i}.wav"), "text": f"text {i}", "duration": d} for i, d in enumerate("1x")]
+    data = datasets.Dataset.from_list(rows)
+    (recordings / "hub").mkdir()
+    data.to_parquet(recordings / "hub" / "train.parquet")
+    loaded = load_source(f"hub:{recordings / 'hub'}", minimum_seconds=0.1)
+    assert [row["duration"] for row in loaded.rows] == [1.0]
+    (item,) = loaded.set_aside
+    assert "row 2: the duration is 'x'. Give seconds" in item.reason and item.kind == "malformed row"
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data.to_iterable_dataset())
+    row, aside = stream_source("hub:org/data", minimum_seconds=0.1)
+    assert row["duration"] == 1.0 and "the duration is 'x'" in aside["set_aside"]["reason"]
 
 
 def test_webdataset_shards(recordings):

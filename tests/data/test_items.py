@@ -66,6 +66,29 @@ def test_set_aside_items_leave_the_batch():
     assert (SpeechCollator(dataset)([dataset[0]])["labels"] != -100).any()  # the stand-in itself is unharmed
 
 
+@pytest.mark.parametrize("what", ["text", "further", "answer"])
+def test_items_longer_than_the_context_are_set_aside(what):
+    processor = tiny_processor(tiny_config("hubert-layer"))
+    rows = tiny_rows(2)
+    rows[1]["text"] *= 5
+
+    def items(context):
+        if what == "answer":
+            return AnswerItems(rows, processor, None, context)
+        further = {"teacher": lambda row, _: {"input_ids": [0] * (2 * len(row["text"]))}}
+        return AlignmentItems(rows, processor, None, context, prefix=[5], further=further if what == "further" else {})
+
+    text = len(rows[1]["text"])
+    answer = len(AnswerItems(rows, processor)[1]["input_ids"])
+    length = {"text": 1 + text, "further": 2 * text, "answer": answer}[what]
+    assert not isinstance(items(length)[1], SetAside)
+    dataset = items(length - 1)
+    first, second = dataset[0], dataset[1]
+    assert not isinstance(first, SetAside)
+    assert (second.id, second.kind) == ("utterance 1", "longer than the LLM's context")
+    assert f"utterance 1 takes {length} tokens, " in second.reason
+
+
 def test_answers_and_prompts():
     processor = tiny_processor(tiny_config("hubert-layer"))
     rows = tiny_rows(2)
@@ -90,7 +113,7 @@ def test_prefix_and_text_side():
 
 def test_lengths_for_sorting(tmp_path):
     (tmp_path / "a.wav").write_bytes(b"x" * 77)
-    assert approximate_length({"audio": str(tmp_path / "a.wav")}) == 77
+    assert approximate_length({"audio": str(tmp_path / "a.wav")}) == 77 / 32_000
     assert approximate_length({"audio": str(tmp_path / "nowhere.wav")}) == 0
     assert approximate_length({"audio": {"array": np.zeros(9), "sampling_rate": 1}}) == 9
     assert approximate_length({"audio": b"x", "duration": "3.5"}) == 3.5

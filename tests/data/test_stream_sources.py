@@ -77,6 +77,42 @@ def test_a_part_that_is_empty_does_not_end_in_an_endless_search(tmp_path):
     assert texts(written(tmp_path / "a", rows(5)), fraction=1e-9) == set()
 
 
+def test_json_lines_may_differ_in_columns_and_some_may_be_malformed(tmp_path):
+    """Of a stream, `datasets` would end at the first line that is not as those before."""
+    folder = tmp_path / "data"
+    (folder / "sub").mkdir(parents=True)
+    lines = ["{", *map(json.dumps, rows(3))]
+    (folder / "0.jsonl").write_text("\n".join(lines))
+    odd = [{"audio": "0.wav", "text": 7, "answers": ["a"]}, {"audio": {"path": "1.wav"}, "words": [{"word": "b"}]}, {}]
+    (folder / "sub" / "1.jsonl").write_text("\n".join(map(json.dumps, odd)))
+    stream = stream_source(f"{folder}?row.language=de")
+    assert stream.num_shards == 2
+    found = list(stream)
+    assert [row["audio"] for row in found if "audio" in row] == [
+        *(str(folder / f"{i}.wav") for i in range(3)), str(folder / "0.wav"), {"path": str(folder / "1.wav")}
+    ]  # fmt: skip
+    assert {row["language"] for row in found if "audio" in row} == {"de"}
+    aside = [row["set_aside"]["reason"] for row in found if "set_aside" in row]
+    assert "0.jsonl, line 1 is not JSON" in aside[0] and "1.jsonl, line 3: there is no `audio`" in aside[1]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows(2)), folder / "2.parquet")
+    assert len(list(stream_source(str(folder)))) == len(found) + 2  # in one folder, as of lists
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a"}', r"None of the first 1 row.*no `audio`.*one of 'text', name it: columns.audio="),
+        ("", "0.jsonl holds no rows"),
+        ("{\n" * 200, "None of the first 100 row.*line 1 is not JSON"),
+    ],
+)
+def test_json_lines_that_cannot_be_used_are_an_error_before_training(tmp_path, content, message):
+    (tmp_path / "0.jsonl").write_text(content)
+    for spec in (tmp_path, tmp_path / "0.jsonl"):
+        with pytest.raises(ManifestError, match=message):
+            stream_source(str(spec), fraction=0.01)
+
+
 # ---- mixtures --------------------------------------------------------------------------------------------------------
 
 

@@ -96,7 +96,7 @@ def stream(request, tmp_path):
     shards = 8 if request.param == "jsonl" else 1
     for shard in range(shards):
         (tmp_path / f"{shard}.jsonl").write_text("\n".join(map(json.dumps, rows[shard::shards])))
-    return load_stream(str(tmp_path))
+    return stream_source(str(tmp_path) if shards > 1 else str(tmp_path / "0.jsonl"))
 
 
 @pytest.mark.parametrize(("processes", "workers"), [(1, 1), (2, 1), (2, 2), (3, 1)])
@@ -182,6 +182,23 @@ def test_bad_rows_in_mid_stream_are_set_aside():
     aside = {item.id: item.reason for n in range(7) for item in batches[n]["set_aside"]}
     assert aside.keys() == {"row 3", "row 9", "row 10"}
     assert "no text" in aside["row 3"] and "no `audio`" in aside["row 10"]
+
+
+def test_rows_of_a_stream_have_their_form_or_are_set_aside(tmp_path):
+    """As those of a list: what has no transcript but white space, or lists that are none."""
+    forms = {1: {"choices": 5}, 2: {"text": {"en": "two"}}, 4: {"text": "  "}, 5: {"gender_terms": "nata"}}
+    batches = reader(with_bad_rows(forms), buffer=24, batch_size=20)
+    aside = {item.id: item.reason for item in batches[0]["set_aside"]}
+    assert aside == {
+        "row 1": "row 1: `choices` is 5. Write it as a list of texts.",
+        "row 2": "row 2: `text` is a dict. Write it as a text.",
+        "row 4": "row 4 has no text",
+        "row 5": "row 5: The gender terms 'nata' are not pairs. Write 'right wrong;right wrong'.",
+    }
+    rows = [{"audio": "a.wav", "text": "a", "answers": "six|6", "choices": "six"}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    (row,) = stream_source(str(tmp_path / "a.parquet"))
+    assert (row["answers"], row["choices"]) == (["six", "6"], ["six"])
 
 
 @pytest.mark.parametrize(

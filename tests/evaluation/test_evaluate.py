@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from speechllm.evaluation import evaluate as module
 from speechllm.evaluation import generation
 from speechllm.evaluation.command import summary
 from speechllm.evaluation.evaluate import EvaluationError, evaluate_model
-from speechllm.evaluation.metrics import score
+from speechllm.evaluation.metrics import score, translation
+from speechllm.evaluation.scoring import Baseline, compare_comet
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +242,39 @@ def test_strict_stops(model, processor, tmp_path, change, match):
         run(model, processor, rows, tmp_path, strict=True)
 
 
+def test_strict_stops_at_what_was_set_aside_before(model, processor, tmp_path):
+    rows = tiny_rows(4)
+    rows[2]["audio"] = np.zeros(3200, dtype=np.float32)
+    run(model, processor, rows, tmp_path)
+    with pytest.raises(ValueError, match="utterance 2.*silent.*--strict stops here"):
+        run(model, processor, rows, tmp_path, strict=True)
+
+
+def test_strict_oracles_stop_at_a_missing_transcript_before_the_answers(model, processor, tmp_path):
+    rows = tiny_rows(3)
+    rows[2] = {**rows[2], "text": None, "target": "nothing"}
+    with pytest.raises(EvaluationError, match="utterance 2 has no transcript.*--strict stops here"):
+        run(model, processor, rows, tmp_path, oracle=True, strict=True)
+    assert not (tmp_path / "predictions.jsonl").exists()
+    metrics = run(model, processor, rows, tmp_path, oracle=True)
+    assert [item["kind"] for item in metrics["set_aside"]] == ["empty transcript"]
+
+
+def test_answers_to_other_data_are_not_thrown_away(model, processor, tmp_path):
+    rows = tiny_rows(6)
+    run(model, processor, rows[:4], tmp_path)
+    before = (tmp_path / "predictions.jsonl").read_bytes()
+    with pytest.raises(EvaluationError, match="answers to 3 utterance.s. .*first: utterance 0.*another --output"):
+        run(model, processor, rows[3:], tmp_path)
+    assert (tmp_path / "predictions.jsonl").read_bytes() == before
+    assert run(model, processor, rows[:4], tmp_path)["run"]["answers_kept_from_before"] == 4
+    assert run(model, processor, rows, tmp_path)["run"]["answers_kept_from_before"] == 4  # more rows
+    rows[0]["audio"] = None  # lost since, but still in the data
+    assert run(model, processor, rows, tmp_path)["run"]["answers_kept_from_before"] == 5
+    gone = SetAside("utterance 5", "utterance 5: its file cannot be found.")
+    assert run(model, processor, rows[:5], tmp_path, set_aside=[gone])["run"]["answers_kept_from_before"] == 4
+
+
 def test_nothing_to_evaluate_is_an_error(model, processor, tmp_path):
     with pytest.raises(EvaluationError, match="there are no rows"):
         run(model, processor, [], tmp_path)
@@ -322,7 +357,7 @@ def test_a_baseline_is_compared_task_by_task(model, processor, tmp_path):
     rows = tiny_rows(2)
     run(model, processor, rows, tmp_path / "a")
     metrics = run(model, processor, [{**row, **asked} for row in rows], tmp_path / "b", baseline=tmp_path / "a")
-    assert metrics["tasks"]["sqa"]["against_baseline"] == {"utterances": 0, "tests": {}}
+    assert metrics["tasks"]["sqa"]["against_baseline"] == {"utterances": 0, "other_references": 0, "tests": {}}
 
 
 def test_a_baseline_that_names_no_tasks_is_paired_by_id(model, processor, tmp_path):
@@ -333,6 +368,71 @@ def test_a_baseline_that_names_no_tasks_is_paired_by_id(model, processor, tmp_pa
     asked = [{**row, "task": "sqa", "question": "What is it?", "answers": ["an apple"]} for row in rows]
     metrics = run(model, processor, asked, tmp_path / "b", baseline=tmp_path / "mine.jsonl")
     assert metrics["tasks"]["sqa"]["against_baseline"]["utterances"] == 3
+
+
+def test_a_baselines_other_utterances_of_the_same_id_are_left_out(model, processor, tmp_path):
+    rows = tiny_rows(4)
+    run(model, processor, rows, tmp_path / "a")
+    others = [rows[0], {**rows[1], "text": "of another subset"}, *rows[2:]]
+    metrics = run(model, processor, others, tmp_path / "b", baseline=tmp_path / "a")
+    against = metrics["tasks"]["asr"]["against_baseline"]
+    assert (against["utterances"], against["other_references"]) == (3, 1) and against["tests"]
+    assert "    left out: 1 with other references there" in summary(metrics, "out")
+    others = [{**row, "text": f"{i} of another subset"} for i, row in enumerate(rows)]
+    metrics = run(model, processor, others, tmp_path / "c", baseline=tmp_path / "a")
+    assert metrics["tasks"]["asr"]["against_baseline"] == {"utterances": 0, "other_references": 4, "tests": {}}
+
+
+def test_comet_is_compared_over_the_same_references():
+    rows = [{"id": f"row {i}", "task": "st", "target": "ein Apfel"} for i in range(3)]
+    references = {"st": {"row 0": ["ein Apfel"], "row 1": ["ein Fluss"]}}  # of the last it tells none
+    baseline = Baseline({}, {row["id"]: 0.5 for row in rows}, "model", references)
+    assert compare_comet(rows, {row["id"]: 1.0 for row in rows}, "model", baseline)["comet"]["utterances"] == 2
+
+
+def test_a_baselines_predictions_must_be_texts(model, processor, tmp_path):
+    lines = [{"id": "utterance 0", "prediction": "an apple"}, {"id": "utterance 1", "prediction": None}]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(EvaluationError, match="prediction of utterance 1 is None, not a text"):
+        run(model, processor, tiny_rows(2), tmp_path / "b", baseline=tmp_path / "mine.jsonl")
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_missing_package_of_the_metrics_is_found_before_the_answers(model, processor, tmp_path, monkeypatch):
+    rows = task_rows()
+    rows[5]["target_language"] = "Japanese"  # one row alone
+    tokenizer = translation.bleu_tokenizer
+
+    def without_mecab(language):
+        if language == "Japanese":
+            raise ModuleNotFoundError("BLEU for Japanese needs a tokenizer")
+        return tokenizer(language)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(translation, "bleu_tokenizer", without_mecab)
+        with pytest.raises(ModuleNotFoundError, match="BLEU for Japanese"):
+            run(model, processor, rows, tmp_path)
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    with pytest.raises(ModuleNotFoundError, match="BLEU and chrF.. need sacreBLEU"):
+        run(model, processor, rows, tmp_path)
+    assert not (tmp_path / "predictions.jsonl").exists()
+    run(model, processor, rows, tmp_path, tasks=["asr", "sqa", "traits"])  # which do not need it
+
+
+def test_a_package_that_fails_after_the_answers_costs_its_task_alone(model, processor, tmp_path, monkeypatch):
+    rows = task_rows()
+    run(model, processor, rows, tmp_path / "a")
+    real = generation.generate_texts
+
+    def then_gone(*arguments):
+        monkeypatch.setitem(sys.modules, "sacrebleu", None)
+        return real(*arguments)
+
+    monkeypatch.setattr(generation, "generate_texts", then_gone)
+    tasks = run(model, processor, rows, tmp_path / "b", baseline=tmp_path / "a")["tasks"]
+    assert tasks["st"]["metrics"] == {} and "need sacreBLEU" in tasks["st"]["reason"]
+    assert tasks["st"]["against_baseline"]["tests"] == {} != tasks["asr"]["against_baseline"]["tests"]
+    assert tasks["asr"]["metrics"]["wer"] >= 0 and predictions_in(tmp_path / "b")["utterance 0"]["score"] >= 0
 
 
 def test_what_would_have_no_effect_is_refused_before_the_answers(model, processor, tmp_path):

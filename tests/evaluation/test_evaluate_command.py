@@ -111,12 +111,35 @@ def test_errors_are_counted_by_sclites_alignment_on_request(folder, tmp_path, mo
         metrics = json.loads((tmp_path / alignment / "metrics.json").read_text())
         assert metrics["scoring"]["error_alignment"] == alignment
         found[alignment] = metrics["tasks"]["asr"]["metrics"]
+        lines = [json.loads(line) for line in (tmp_path / alignment / "predictions.jsonl").read_text().splitlines()]
+        scores = [line["score"] for line in lines]  # of the utterances, which the report draws, too
+        assert scores == pytest.approx([found[alignment]["wer"]] * 4)
     names = ("substitutions", "deletions", "insertions", "reference_words")
     assert [found["levenshtein"][name] for name in names] == LEVENSHTEIN
     assert [found["sclite"][name] for name in names] == SCLITE
     assert found["sclite"]["wer"] == pytest.approx(sum(SCLITE[:3]) / SCLITE[3])
     assert main([*arguments, "--error_alignment", "dtw"]) == 2
     assert "use levenshtein or sclite" in capsys.readouterr().err
+
+
+def test_the_oracle_needs_no_audio_files(folder, tmp_path, capsys):
+    rows = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    rows[0].pop("audio")  # the others' files are not in this folder
+    rows[2]["text"] = ""
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = command(folder, tmp_path / "out", "--oracle")
+    arguments[arguments.index("--data") + 1] = str(tmp_path / "data.jsonl")
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "asr: 3 of 3 scored" in printed and "1 utterance(s) set aside: empty transcript" in printed
+    assert main([*arguments, "--strict"]) == 1
+    assert "has no transcript" in capsys.readouterr().err
+    rows[2]["text"] = "seven"
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main([*arguments, "--strict"]) == 0  # which decodes no audio
+    assert "asr: 4 of 4 scored" in capsys.readouterr().out
+    assert main([*arguments, "--alignment"]) == 1  # which listens
+    assert "no rows that can be used" in capsys.readouterr().err
 
 
 def test_every_metric_and_comet_are_tested_against_a_baseline(folder, tmp_path, monkeypatch, capsys, comet_python):  # noqa: F811

@@ -84,6 +84,13 @@ def test_what_trainer_offers_and_has_no_effect_here_is_refused(tmp_path, make):
         build().predict(tiny_rows(2))
 
 
+@pytest.mark.parametrize("make", [contrastive, fine_tuning])
+@pytest.mark.parametrize("held_out", [None, []])
+def test_evaluation_without_rows_is_refused_at_the_start(tmp_path, make, held_out):
+    with pytest.raises(ValueError, match=r"eval_strategy is 'epoch'.*\(--eval_data or --held_out\)"):
+        make(tmp_path, held_out=held_out, eval_strategy="epoch")
+
+
 def test_batches_are_prepared_ahead_as_asked(tmp_path):
     options = {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 3}
     trainer = contrastive(tmp_path, **options)

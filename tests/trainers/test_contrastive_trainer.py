@@ -294,7 +294,8 @@ def test_unusable_utterances_are_set_aside_and_listed(tmp_path, cached):
     trainer = contrastive(tmp_path, train=rows, held_out=held_out, max_steps=8, **options)
     trainer.train()
     metrics = trainer.evaluate()
-    assert set(trainer.set_aside) == {"utterance 2", "utterance 5", "utterance 7", "utterance 17"}
+    names = {item.id for item in trainer.set_aside.values()}
+    assert names == {"utterance 2", "utterance 5", "utterance 7", "utterance 17"}
     listed = (tmp_path / "set_aside.jsonl").read_text()
     kinds = Counter(json.loads(line)["kind"] for line in listed.splitlines())
     assert kinds == {"audio cannot be decoded": 3, "lacks what this training needs": 1}

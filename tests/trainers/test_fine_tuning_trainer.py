@@ -5,6 +5,7 @@ import torch
 from tiny import tiny_processor, tiny_tokenizer, tone
 from tiny_training import (
     batch_of,
+    contrastive,
     fine_tuning,
     gradient_of,
     loss_and_gradient,
@@ -280,8 +281,20 @@ def test_rows_without_an_answer_are_set_aside(tmp_path):
     rows[0] = {"id": "mute", "audio": tone(0.2)}
     rows[1] = {**rows[1], "task": "sqa"}
     trainer = fine_tuning(tmp_path, train=rows)
-    assert set(trainer.set_aside) == {"mute", "utterance 1"}
-    assert "question" in trainer.set_aside["utterance 1"].reason
+    mute, unasked = trainer.set_aside.values()
+    assert (mute.id, unasked.id) == ("mute", "utterance 1") and "question" in unasked.reason
+
+
+def test_items_longer_than_the_context_are_set_aside(tmp_path):
+    model = tiny_trainable("gpt2")  # whose positions end: the model itself would fail
+    rows = tiny_rows(5)
+    rows[2]["text"] = "word " * 300
+    for train in (fine_tuning, contrastive):
+        trainer = train(tmp_path, model, rows, max_steps=4)
+        trainer.train()
+        (item,) = trainer.set_aside.values()
+        assert (item.id, item.kind) == ("utterance 2", "longer than the LLM's context")
+        assert "and the LLM has a context of 1,024. Cut its audio or text" in item.reason
 
 
 @pytest.mark.parametrize("rank", [0, 2])

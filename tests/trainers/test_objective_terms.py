@@ -349,14 +349,15 @@ def test_rows_that_a_term_cannot_use_are_set_aside(tmp_path):
     rows[3]["words"] = [{"word": "...", "start": 0.0, "end": 0.1}]
     rows[4]["words"] = [{"word": "one", "start": "0.0"}]
     trainer = contrastive(tmp_path, train=rows, mixed_weight=1.0)
-    assert set(trainer.set_aside) == {"utterance 2", "utterance 3", "utterance 4"}
-    assert "only punctuation" in trainer.set_aside["utterance 3"].reason
-    assert "speechllm align" in trainer.set_aside["utterance 2"].reason
+    reasons = {item.id: item.reason for item in trainer.set_aside.values()}
+    assert set(reasons) == {"utterance 2", "utterance 3", "utterance 4"}
+    assert "only punctuation" in reasons["utterance 3"] and "speechllm align" in reasons["utterance 2"]
     rows = [{**row, "target": "x"} if i else row for i, row in enumerate(tiny_rows(6))]
     trainer = contrastive(tmp_path, train=rows, distillation_weight=1.0, distillation_target="target")
-    assert set(trainer.set_aside) == {"utterance 0"}
+    assert [item.id for item in trainer.set_aside.values()] == ["utterance 0"]
     rows = [{**row, "task": "asr" if i else "juggling"} for i, row in enumerate(tiny_rows(6))]
-    assert set(contrastive(tmp_path, train=rows, next_token_weight=1.0).set_aside) == {"utterance 0"}
+    trainer = contrastive(tmp_path, train=rows, next_token_weight=1.0)
+    assert [item.id for item in trainer.set_aside.values()] == ["utterance 0"]
     assert not contrastive(tmp_path, train=rows, distillation_weight=1.0).set_aside  # has an instruction of its own
 
 

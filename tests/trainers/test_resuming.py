@@ -10,6 +10,7 @@ from tiny import tiny_processor
 from tiny_training import contrastive, fine_tuning, tiny_rows, tiny_trainable, weights_of
 
 from speechllm import CheckpointError
+from speechllm.data.schema import SetAside
 from speechllm.trainers.resuming import last_checkpoint
 from speechllm.training import run_training
 
@@ -169,6 +170,18 @@ def test_what_was_set_aside_before_stays_listed(tmp_path):
     resumed.train(resume_from_checkpoint=True)
     listed = [json.loads(line)["id"] for line in (tmp_path / "set_aside.jsonl").read_text().splitlines()]
     assert sorted(listed) == ["utterance 3", "utterance 5"]
+
+
+def test_rows_that_share_an_id_are_all_listed_and_none_twice(tmp_path):
+    """Of one manifest with an id three times, and of two that number their rows from 1."""
+    aside = [SetAside("1", reason) for reason in ("1 is there twice", "1 is there twice", "1 has no transcript")]
+    for max_steps in (2, 4):
+        trainer = contrastive(tmp_path, **{**EVERY_2, "max_steps": max_steps})
+        trainer.note_set_aside(aside)
+        trainer.train(resume_from_checkpoint=max_steps == 4)
+        assert list(trainer.set_aside.values()) == aside
+        listed = [json.loads(line)["reason"] for line in (tmp_path / "set_aside.jsonl").read_text().splitlines()]
+        assert listed == [item.reason for item in aside]
 
 
 def test_lora_beside_a_thawed_llm_is_resumed(tmp_path):

@@ -126,7 +126,7 @@ def test_the_command_reads_a_folder_of_shards(tmp_path, capsys):
         (["--columns", "{text"], "--columns is not JSON"),
         (["--columns", "3"], "must map our names"),
         (["--max_steps", "-1", *columns], "max_steps"),
-        ([], "no column `audio`, but 'file'"),
+        ([], "there is no `audio`. Every row needs one (a path). If it is one of 'file'"),
     ):
         assert main([*arguments, *options]) in (1, 2)
         assert message in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import datasets
 
-from ..schema import ManifestError, Row, SetAside, manifest_rows, not_utf8, renamed, undecoded
+from ..schema import ManifestError, Row, SetAside, manifest_rows, not_utf8, renamed, undecoded, with_seconds
 from .reading import need_folder, text_lines
 
 
@@ -23,7 +24,8 @@ def transcribed_folder(folder: Path, columns: dict[str, str] | None = None) -> I
     """Recordings, at any depth, whose transcripts are in one of these:
 
     * `metadata.csv` (or .jsonl, .parquet) with `file_name`, the form of the Hub's audio folders;
-    * `transcripts.txt` with lines "NAME<tab or space>TEXT", NAME without or with the recording's ending;
+    * `transcripts.txt` with lines "NAME<tab or space>TEXT", NAME without or with the recording's ending, and without its
+      folder if no other recording has that name;
     * a text file beside each recording, `a.wav` and `a.txt`.
 
     Raises:
@@ -44,6 +46,10 @@ def transcribed_folder(folder: Path, columns: dict[str, str] | None = None) -> I
         yield from (line for line in lines if isinstance(line, SetAside))
         listed = _by_name(line for line in lines if isinstance(line, str))
     unused = set(listed or ())
+    # Under how many paths a bare name, or a stem, is found; one recording in two formats counts once.
+    shared = Counter(
+        key for _, key in {(path.with_suffix(""), key) for path in recordings for key in (path.name, path.stem)}
+    )
     for path in recordings:
         name = path.relative_to(folder).as_posix()
         if listed is not None:
@@ -52,8 +58,16 @@ def transcribed_folder(folder: Path, columns: dict[str, str] | None = None) -> I
             if key is None:
                 yield SetAside(name, f"{path} has no line in {transcripts}. Write it, or remove it.", "no transcript")
                 continue
-            line = listed[key]
             unused.discard(key)
+            if key not in (name, stem) and shared[key] > 1:
+                reason = f"{path}: {shared[key]} recordings are called {key}. Write folder and name into {transcripts}."
+                yield SetAside(name, reason, "name of several recordings")
+                continue
+            if len(texts := listed[key]) > 1:
+                reason = f"{path} has {len(texts)} different lines in {transcripts}. Leave one."
+                yield SetAside(name, reason, "several transcripts")
+                continue
+            (line,) = texts
         else:
             beside = next((path.with_suffix(end) for end in TEXT if path.with_suffix(end).is_file()), None)
             if beside is None:
@@ -68,11 +82,14 @@ def transcribed_folder(folder: Path, columns: dict[str, str] | None = None) -> I
         yield SetAside(name, f"{transcripts} has {name}, of which there is no recording.", "recording missing")
 
 
-def _by_name(lines: Iterable[str]) -> dict[str, str]:
-    """Lines of "NAME<tab or space>TEXT" -> name -> text."""
+def _by_name(lines: Iterable[str]) -> dict[str, set[str]]:
+    """Lines of "NAME<tab or space>TEXT" -> name -> its texts."""
     lines = [line.strip() for line in lines if line.strip()]
     parts = [line.split("\t" if "\t" in line else None, maxsplit=1) for line in lines]  # names may hold spaces
-    return {name.strip(): text[0].strip() if text else "" for name, *text in parts}
+    texts: dict[str, set[str]] = {}
+    for name, *text in parts:
+        texts.setdefault(name.strip(), set()).add(text[0].strip() if text else "")
+    return texts
 
 
 def shards(folder: Path) -> list[Path]:
@@ -128,11 +145,19 @@ def _shard_row(parts: dict[str, Any], name: str, columns: dict[str, str]) -> Row
             raise ValueError("not UTF-8")
     except ValueError as error:
         return SetAside(name, f"{name} has text that cannot be read ({error}). Write the shard again.", "malformed row")
+    try:
+        if not isinstance(further, dict):
+            raise ManifestError(f"its JSON is a {type(further).__name__}, not an object with columns.")
+        further = with_seconds(renamed(further, columns))
+    except ManifestError as error:
+        return SetAside(name, f"{name}: {error}", "malformed row")
     text = {"text": parts["txt"].strip()} if "txt" in parts else {}
-    return {**text, **renamed(further, columns), "id": str(further.get("id", name)), "audio": parts.get("audio")}
+    return {**text, **further, "id": str(further.get("id", name)), "audio": parts.get("audio")}
 
 
-def hub(place: str, name: str = "", split: str = "train", columns: dict[str, str] | None = None) -> Iterator[Row]:
+def hub(
+    place: str, name: str = "", split: str = "train", columns: dict[str, str] | None = None
+) -> Iterator[Row | SetAside]:
     """Rows of a data set of the Hub. Its audio is held in memory; stream what is large.
 
     Args:
@@ -146,8 +171,13 @@ def hub(place: str, name: str = "", split: str = "train", columns: dict[str, str
     """
     with _explained(place):
         rows = _saved(place, split) if is_saved(place) else datasets.load_dataset(place, name or None, split=split)
-    for row in undecoded(rows):
-        yield renamed(row, columns or {})
+    for number, row in enumerate(undecoded(rows), 1):
+        row = renamed(row, columns or {})
+        try:
+            yield with_seconds(row)
+        except ManifestError as error:
+            row_name = str(row.get("id") or f"{place}, row {number}")
+            yield SetAside(row_name, f"{row_name}: {error}", "malformed row")
 
 
 def is_saved(place: str) -> bool:
