@@ -56,7 +56,7 @@ class Loaded:
 
     def report(self, name: str) -> str:
         """A few lines for people: rows by task, hours as far as they are known, and what was set aside by cause."""
-        tasks = Counter(row.get("task", "asr") for row in self.rows)
+        tasks = Counter(row.get("task") or "asr" for row in self.rows)
         seconds = [row["duration"] for row in self.rows if row.get("duration")]
         hours = f", {sum(seconds) / 3600:.2f} hours" if len(seconds) == len(self.rows) else ""
         by_task = f" ({', '.join(f'{task} {count:,}' for task, count in sorted(tasks.items()))})" if tasks else ""

@@ -53,10 +53,10 @@ class SpeechItems(Dataset):
             text = self._text(row, frames)
         except AudioError as error:
             return SetAside(row["id"], str(error), "audio cannot be decoded")
-        if (length := _longest(text)) > self.context:
+        if _longest(text) > self.context:  # the number is another with and without the answer; the row is one
             reason = (
-                f"{row['id']} takes {length:,} tokens, {self.speech_tokens(frames):,} of them speech, and the LLM has a "
-                f"context of {self.context:,}. Cut its audio or text, or leave it out (maximum_seconds)."
+                f"{row['id']} takes more tokens than the {self.context:,} of the LLM's context, {self.speech_tokens(frames):,} "
+                "of them speech. Cut its audio or text, or leave it out (maximum_seconds)."
             )
             return SetAside(row["id"], reason, "longer than the LLM's context")
         return {"index": index, **speech, **text}

@@ -70,7 +70,7 @@ def stream_source(
     elif source.kind in ("manifest", "manifests") and {path.suffix for path in files} == {".parquet"}:
         rows = load_stream(source.place, source.columns or None)
     else:  # `datasets` would have all JSON Lines of the columns of the first, and end at the first that is malformed
-        sources = [json.dumps({**asdict(source), "place": str(path)}) for path in files]
+        sources = [json.dumps({**asdict(source), "place": str(path)}, default=str) for path in files]
         if source.kind in ("manifest", "manifests"):
             _look_into(sources, folder)
         else:

@@ -15,6 +15,7 @@ import random
 import time
 from functools import partial
 from itertools import pairwise
+from math import inf
 from typing import Any
 
 import torch
@@ -160,7 +161,7 @@ class ContrastiveTrainer(SpeechLLMTrainer):
             rows,
             self.processing_class,
             self.frames,
-            self.headless.config.context,
+            self.context,
             prefix=self.prefix,
             text_states=self.text_states,
             further=self.terms.further(rows),
@@ -171,6 +172,12 @@ class ContrastiveTrainer(SpeechLLMTrainer):
                 fill_text_state_cache(self.text_states, items, self.headless, self.all_layers, self.pooled, precision)
         return items
 
+    @property
+    def context(self) -> float:
+        """Tokens that an item may have: any number where no layer of the LLM reads it."""
+        reads = self.all_layers[-1] > 0 or self.terms.reading
+        return self.headless.config.context if reads else inf
+
     def _cached_text_tokens(self) -> int:
         """This process's share of what filling the cache with the training transcripts costs, had it been empty: a run
         counts the same whether or not an earlier one has paid."""
@@ -179,9 +186,18 @@ class ContrastiveTrainer(SpeechLLMTrainer):
         return sum(len(self.prefix) + len(text) for text in ids)
 
     def problem(self, row: Row) -> str | None:
-        """A missing transcript, or what a further term has against the row."""
-        has_text = isinstance(row.get("text"), str) and row["text"].strip()
-        return self.terms.problem(row) if has_text else f"{row['id']} has no `text`. Give its transcript."
+        """A missing transcript, one too long for the cache of its states, or what a further term has against the row."""
+        if not (isinstance(row.get("text"), str) and row["text"].strip()):
+            return f"{row['id']} has no `text`. Give its transcript."
+        # Without the cache, items tell. A token has a byte at least.
+        if self.text_states is not None and len(self.prefix) + len(row["text"].encode()) > self.context:
+            ids = self.processing_class.tokenizer(row["text"], add_special_tokens=False).input_ids
+            if len(self.prefix) + len(ids) > self.context:
+                return (
+                    f"{row['id']} takes more tokens than the {self.context:,} of the LLM's context. Cut its text, or leave "
+                    "it out."
+                )
+        return self.terms.problem(row)
 
     def batch_key(self, row: Row) -> str:
         """The transcript's words, without case and punctuation: equal ones would be false negatives."""

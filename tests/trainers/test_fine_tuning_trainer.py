@@ -289,12 +289,17 @@ def test_items_longer_than_the_context_are_set_aside(tmp_path):
     model = tiny_trainable("gpt2")  # whose positions end: the model itself would fail
     rows = tiny_rows(5)
     rows[2]["text"] = "word " * 300
-    for train in (fine_tuning, contrastive):
-        trainer = train(tmp_path, model, rows, max_steps=4)
+    for train, options in (
+        (fine_tuning, {"held_out": rows, "max_new_tokens": 2}),  # listed once
+        (contrastive, {}),
+        (contrastive, {"text_state_cache": str(tmp_path / "cache")}),
+    ):
+        trainer = train(tmp_path, model, rows, max_steps=4, **options)
         trainer.train()
+        if "held_out" in options:
+            trainer.evaluate()
         (item,) = trainer.set_aside.values()
-        assert (item.id, item.kind) == ("utterance 2", "longer than the LLM's context")
-        assert "and the LLM has a context of 1,024. Cut its audio or text" in item.reason
+        assert item.id == "utterance 2" and "takes more tokens than the 1,024 of the LLM's context" in item.reason
 
 
 @pytest.mark.parametrize("rank", [0, 2])
