@@ -275,7 +275,7 @@ def lines_per_place(
         limits: lowest and highest value of the axis; by default those of the data.
     """
     with matplotlib.rc_context(STYLE):
-        figure, axes = _panel(3.0)
+        figure, axes = _panel(3.0 + 0.2 * max(0, len(curves) - len(SERIES)))  # room for the legend
         names = [str(place) for place in dict.fromkeys(place for values in curves.values() for place in values)]
         for number, (label, values) in enumerate(curves.items()):
             colour, marker = (series[number % len(series)] for series in (SERIES, MARKERS))

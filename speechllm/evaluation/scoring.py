@@ -141,11 +141,12 @@ def read_baseline(path: str | os.PathLike) -> Baseline:
     # Ids alone do not do: of two tasks of a recording either may have been left out here or there. A run in progress, and
     # a file of one's own, name no tasks.
     predictions: dict[str | None, dict[str, str]] = defaultdict(dict)
-    references: dict[str | None, dict[str, list[str]]] = defaultdict(dict)
+    references: dict[str | None, dict[str, set[str]]] = defaultdict(dict)
     for line in lines:
         predictions[line.get("task")][line["id"]] = line["prediction"]
         if line.get("references"):
-            references[line.get("task")][line["id"]] = line["references"]
+            told = line["references"]
+            references[line.get("task")][line["id"]] = {told} if isinstance(told, str) else {*told}
     return Baseline(
         predictions,
         {line["id"]: line["comet"] for line in lines if line.get("comet") is not None},
@@ -163,7 +164,7 @@ def same_references(task: str, rows: list[Row], baseline: Baseline) -> list[Row]
     """The rows without those that have other references in the baseline: under the same id, as "row 5", another subset has
     another utterance."""
     told = of_task(baseline.references, task)
-    return [row for row in rows if told.get(row["id"]) in (None, references_of(row))]
+    return [row for row in rows if told.get(row["id"]) in (None, {*references_of(row)})]
 
 
 def compare(

@@ -19,7 +19,8 @@ from ..recipes import UsageError, read_recipe
 Settings = Mapping[str, Any]
 # Settings that change where a run writes and how it is watched, not what comes out of it.
 NOT_HASHED = ("output_dir", "feature_cache", "text_state_cache", "logging_steps", "use_cpu", "disable_tqdm")
-RESULTS = 1  # raise when cells come out otherwise for the same settings and data: those of before are run again
+# Stage -> a number to raise when its cells come out otherwise for the same settings and data: those of before run again.
+RESULTS = {"probing": 2}  # intervals over speakers too
 MANIFESTS = ("train_data", "eval_data", "data")
 MODEL = "model"  # folder, below a pretrained cell's, of its checkpoint
 
@@ -110,7 +111,7 @@ class Cell:
         settings = {name: value for name, value in self.settings.items() if name not in NOT_HASHED}
         settings |= {name: digest(settings[name]) for name in MANIFESTS if settings.get(name)}
         parts = [self.stage, settings, self.start and self.start.hash, *(["oracle"] if self.oracle else [])]
-        parts += [RESULTS] if RESULTS > 1 else []
+        parts += [RESULTS[self.stage]] if self.stage in RESULTS else []
         text = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

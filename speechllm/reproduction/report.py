@@ -8,6 +8,7 @@ import json
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +86,21 @@ class Report:
         }
 
     def _claims(self) -> list[Claim]:
-        """Of a study, those that it has all the comparisons of which the scale's grid has, and so no half of a claim."""
-        whole = {claim.name: claim for claim in claims_of(SCALES.get(self.scale.name, self.scale))}
-        return [
-            claim
-            for claim in claims_of(self.scale)
-            if {*whole.get(claim.name, claim).comparisons} <= {*claim.comparisons}
-        ]
+        """With all the comparisons of the scale's grid, and those of further fractions that were asked for: half of a claim is
+        not the claim. Of a study, those that it has all of."""
+        whole, asked = (
+            {claim.name: claim for claim in claims_of(scale)}
+            for scale in (SCALES.get(self.scale.name, self.scale), self.scale)
+        )
+        found = []
+        for name in (claim.name for claim in CLAIMS):
+            claims = [claims[name] for claims in (whole, asked) if name in claims]
+            if not claims or (self.name != "results" and {*claims[0].comparisons} - {*claims[-1].comparisons}):
+                continue
+            comparisons = dict.fromkeys(part for claim in claims for part in claim.comparisons)
+            if self.name == "results" or name in asked:
+                found.append(replace(claims[0], comparisons=tuple(comparisons)))
+        return found
 
     def _not_judged(self) -> list[str]:
         """A note on the claims that a scale has no rows for; a study is about something else."""

@@ -203,6 +203,8 @@ def executor(jobs: int) -> Executor:
     threads = max(1, torch.get_num_threads() // jobs)
     # Libraries that a worker loads before it can be told (BLAS, under the probes) take a thread per core otherwise.
     os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)))
+    if gpus:  # a library that asks for CUDA as it is imported must not begin it before a worker knows its GPU
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     context = get_context("spawn")
     dealt = context.SimpleQueue()
     for job in range(jobs):

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -122,12 +123,18 @@ def test_fractions_that_are_asked_for_are_those_of_the_claims(world):
     scale = at_fractions(SCALES["tiny"], (100, 10))
     names = {cell.name for cell in plan(scale, RECIPES)}
     assert "cells/fine-tuning/contr-wasser-all-10-percent-seed-2" in names
-    assert not any("oracle-10" in name or "warm-start-1" in name for name in names)
+    assert not any("oracle-10-percent" in name or "warm-start-1" in name for name in names)
     of_tiny, of_both = (
         {claim.name: len(claim.comparisons) for claim in claims_of(some)} for some in (SCALES["tiny"], scale)
     )
     assert of_tiny["a tenth of the data"] == 2 and of_both["a tenth of the data"] == 4
     assert of_both["all layers"] == 2 * of_tiny["all layers"]
+    fewer = at_fractions(SCALES["tiny"], (10,))
+    for some, expected in ((scale, of_both), (fewer, {**of_tiny, "all layers": 8})):
+        claims = {claim.name: len(claim.comparisons) for claim in Report(some, [], Path("nowhere"), "")._claims()}
+        assert {name: claims[name] for name in ("a tenth of the data", "all layers")} == {
+            name: expected[name] for name in ("a tenth of the data", "all layers")
+        }
 
 
 def test_unknown_row(world):
@@ -341,17 +348,28 @@ def test_a_failed_cell_does_not_keep_its_model(world, tmp_path):
     assert "MemoryError: too large" in (tmp_path / cells[0].name / "error.txt").read_text()
 
 
+def gpu_seen_beside_another(folder):
+    """What a job sees, once another runs as well."""
+    (folder / str(os.getpid())).touch()
+    while len([*folder.iterdir()]) < 2:
+        time.sleep(0.01)
+    return os.environ["CUDA_VISIBLE_DEVICES"]
+
+
 @pytest.mark.parametrize(("named", "seen"), [(None, {"0", "1"}), ("5, GPU-7,2", {"5", "GPU-7"})])
-def test_each_job_sees_one_gpu(monkeypatch, named, seen):
+def test_each_job_sees_one_gpu(monkeypatch, tmp_path, named, seen):
     """One that is told of several would stop: each needs a process of its own."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if named:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
     assert {*visible_gpus()} == seen
-    for jobs in (1, 2):
-        with executor(jobs) as workers:
-            assert {workers.submit(os.getenv, "CUDA_VISIBLE_DEVICES").result() for _ in range(3)} <= seen
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "0")
+    with executor(2) as workers:
+        assert {job.result() for job in [workers.submit(gpu_seen_beside_another, tmp_path) for _ in range(2)]} == seen
+    with executor(1) as workers:
+        assert workers.submit(os.getenv, "CUDA_VISIBLE_DEVICES").result() in seen
+        assert workers.submit(os.getenv, "PYTORCH_NVML_BASED_CUDA_CHECK").result() == "1"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with executor(1) as workers:
         assert workers.submit(os.getpid).result() == os.getpid()
