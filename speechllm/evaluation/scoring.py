@@ -112,7 +112,7 @@ class Baseline:
     predictions: dict[str | None, dict[str, str]]
     comet: dict[str, float]
     comet_model: str | None
-    references: dict[str | None, dict[str, list[str]]] = field(default_factory=dict)
+    references: dict[str | None, dict[str, set[str]]] = field(default_factory=dict)
 
 
 def read_baseline(path: str | os.PathLike) -> Baseline:

@@ -385,7 +385,7 @@ def test_a_baselines_other_utterances_of_the_same_id_are_left_out(model, process
 
 def test_comet_is_compared_over_the_same_references():
     rows = [{"id": f"row {i}", "task": "st", "target": "ein Apfel"} for i in range(3)]
-    references = {"st": {"row 0": ["ein Apfel"], "row 1": ["ein Fluss"]}}  # of the last it tells none
+    references = {"st": {"row 0": {"ein Apfel"}, "row 1": {"ein Fluss"}}}  # of the last it tells none
     baseline = Baseline({}, {row["id"]: 0.5 for row in rows}, "model", references)
     assert compare_comet(rows, {row["id"]: 1.0 for row in rows}, "model", baseline)["comet"]["utterances"] == 2
 
