@@ -126,7 +126,7 @@ def _generated(sources: list[str], folder: str | None, seed: int, packed: bool =
             if isinstance(row, SetAside):
                 row = {"id": row.id, "set_aside": {"reason": row.reason, "kind": row.kind}}
             else:
-                row = {**row, **source.row}
+                row = _with_columns(row, source.row)
             if _kept(row, source, folder, seed):
                 yield pack(row) if packed else row
 

@@ -9,7 +9,6 @@
 import json
 import os
 import platform
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -346,8 +345,7 @@ def _claim(output: Path, made_by: dict[str, Any], ids: set[str]) -> None:
                         f"{output} holds predictions of another run ({part} {name}: {found.get(part, {}).get(name)}, now "
                         f"{value}). Choose another --output, or remove that folder."
                     )
-    # Which would not be in the file at the end. (Ids by place, of rows that share one, move with what is set aside.)
-    if lost := sorted(name for name in answered_ids(output) - ids if not re.search(r"^row \d+$| #\d+$", name)):
+    if lost := sorted(answered_ids(output) - ids):  # which would not be in the file at the end
         raise EvaluationError(
             f"{output} holds the answers to {len(lost)} utterance(s) that are not in this data, the first: {lost[0]}. "
             "They would be lost. Choose another --output, or remove that folder."

@@ -88,18 +88,18 @@ class Report:
     def _claims(self) -> list[Claim]:
         """With all the comparisons of the scale's grid, and those of further fractions that were asked for: half of a claim is
         not the claim. Of a study, those that it has all of."""
-        whole, asked = (
-            {claim.name: claim for claim in claims_of(scale)}
+        grid, asked = (
+            {claim.name: claim.comparisons for claim in claims_of(scale)}
             for scale in (SCALES.get(self.scale.name, self.scale), self.scale)
         )
         found = []
-        for name in (claim.name for claim in CLAIMS):
-            claims = [claims[name] for claims in (whole, asked) if name in claims]
-            if not claims or (self.name != "results" and {*claims[0].comparisons} - {*claims[-1].comparisons}):
-                continue
-            comparisons = dict.fromkeys(part for claim in claims for part in claim.comparisons)
-            if self.name == "results" or name in asked:
-                found.append(replace(claims[0], comparisons=tuple(comparisons)))
+        for claim in CLAIMS:
+            of_grid, comparisons = (some.get(claim.name, ()) for some in (grid, asked))
+            if self.name == "results":
+                comparisons = tuple(dict.fromkeys((*of_grid, *comparisons)))
+            elif not {*of_grid} <= {*comparisons}:
+                comparisons = ()
+            found += [replace(claim, comparisons=comparisons)] if comparisons else []
         return found
 
     def _not_judged(self) -> list[str]:
