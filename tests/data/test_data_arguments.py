@@ -131,9 +131,8 @@ def test_settings_that_make_no_sense(corpora, arguments, message):
 
 
 @pytest.fixture
-def hub(corpora, monkeypatch):
+def hub(corpora, datasets_cache):
     """A data set with two configurations of two splits, in the form of a repository."""
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(corpora / "cache"))
     folder = corpora / "org" / "data"
     folder.mkdir(parents=True)
     for name in ("en", "de"):

@@ -143,8 +143,7 @@ def test_the_json_of_a_shard_is_an_object_with_numbers(recordings, content, mess
     assert aside["set_aside"]["reason"] == message and row["duration"] == 0.4
 
 
-def test_durations_of_the_hub_are_numbers(recordings, monkeypatch):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(recordings / "cache"))
+def test_durations_of_the_hub_are_numbers(recordings, monkeypatch, datasets_cache):
     rows = [{"audio": str(recordings / f"wav/{i}.wav"), "text": f"text {i}", "duration": d} for i, d in enumerate("1x")]
     data = datasets.Dataset.from_list(rows)
     (recordings / "hub").mkdir()
@@ -173,12 +172,11 @@ def test_webdataset_shards(recordings):
         load_source(str(folder))
 
 
-def test_any_data_set_of_the_hub_by_column_mapping(recordings, monkeypatch):
+def test_any_data_set_of_the_hub_by_column_mapping(recordings, datasets_cache):
     rows = [{"speech": str(recordings / "wav" / f"{i}.wav"), "sentence": f"text {i}", "locale": "de"} for i in range(4)]
     data = datasets.Dataset.from_list(rows).cast_column("speech", datasets.Audio(sampling_rate=16_000))
     (recordings / "hub").mkdir()
     data.to_parquet(recordings / "hub" / "train.parquet")  # `load_dataset` reads a folder as it does a repository
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(recordings / "cache"))
     spec = f"hub:{recordings / 'hub'}?split=train&columns.audio=speech&columns.text=sentence&columns.language=locale"
     rows = load_source(spec, strict=True).rows
     assert [(row["text"], row["language"]) for row in rows] == [(text, "de") for text in ALL]
@@ -193,7 +191,7 @@ def test_any_data_set_of_the_hub_by_column_mapping(recordings, monkeypatch):
         load_source(str(recordings / "saved"))
 
 
-def test_classes_have_their_names_and_parts_of_columns_can_be_named(recordings, monkeypatch):
+def test_classes_have_their_names_and_parts_of_columns_can_be_named(recordings, datasets_cache):
     rows = [
         {
             "audio": str(recordings / "wav" / f"{i}.wav"),
@@ -206,7 +204,6 @@ def test_classes_have_their_names_and_parts_of_columns_can_be_named(recordings, 
     data = data.cast_column("gender", datasets.ClassLabel(names=["male", "female"]))
     (recordings / "hub").mkdir()
     data.to_parquet(recordings / "hub" / "train.parquet")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(recordings / "cache"))
     spec = f"hub:{recordings / 'hub'}?split=train&columns.text=translation.en&columns.german=translation.de"
     for found in (load_source(spec).rows, list(stream_source(spec))):
         assert [row["text"] for row in found] == ALL and [row["german"] for row in found] == [

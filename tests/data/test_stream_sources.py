@@ -147,8 +147,7 @@ dataset_info:
 """
 
 
-def test_sizes_that_can_be_told(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def test_sizes_that_can_be_told(tmp_path, datasets_cache):
     data = [{**row, "language": "de" if i % 3 else "en"} for i, row in enumerate(rows(12))]
     folder = written(tmp_path / "lines", data, shards=2)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(data), tmp_path / "a.parquet")

@@ -289,8 +289,7 @@ def test_the_command_speaks_a_manifest_and_adds_conditions(engine, tmp_path, cap
     assert len(load_rows(tmp_path / "out" / "manifest.jsonl")) == 2
 
 
-def test_the_command_speaks_data_with_other_names_of_columns(engine, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def test_the_command_speaks_data_with_other_names_of_columns(engine, tmp_path, datasets_cache):
     texts = ["Where is Anna?", "The last one."]
     data = datasets.Dataset.from_dict(
         {
