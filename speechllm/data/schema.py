@@ -16,8 +16,8 @@
 Labels for probes: `speaker`, `gender` ("female", "male"), `rate`, `snr_db` (absent: clean), `reverberation` (RT60 in
 seconds, absent: none). Languages are codes ("de"); a `target_language` may also be a name.
 
-Rows come from a manifest (JSON Lines, JSON, CSV, TSV or Parquet), from a stream (Parquet or JSON Lines files, a data set of
-the Hub), or are made by a corpus function; `sources.py` is the door to all of them.
+Rows come from a manifest (JSON Lines, JSON, CSV, TSV or Parquet) or are made by a corpus function; `sources.py` is the door
+to all of them, `stream_sources.py` for those that are not held as a whole.
 """
 
 import csv
@@ -32,12 +32,15 @@ from typing import Any
 
 import datasets
 import numpy as np
+from pyarrow import ArrowException
+from pyarrow.parquet import ParquetFile
 
 
 Row = dict[str, Any]
 GenderTerms = str | Sequence[Sequence[str]]
 TEXTS = ("text", "target", "question", "prompt")  # columns
 LISTS = ("answers", "choices")  # columns of lists of texts
+BROKEN = "broken file"  # kind of what is set aside
 
 
 class ManifestError(ValueError):
@@ -162,72 +165,6 @@ def manifest_rows(
         raise ManifestError(f"{path} cannot be read: {error.strerror or error}. Check its permissions.") from None
     if empty:
         raise ManifestError(f"{path} holds no rows. Add some, or give another manifest.")
-
-
-def load_stream(
-    source: str, columns: dict[str, str] | None = None, name: str | None = None, split: str = "train"
-) -> datasets.IterableDataset:
-    """Rows that are read as they are needed, again and again.
-
-    Args:
-        source: a Parquet or JSON Lines file, a folder of such files (its shards), or the id of a data set on the Hub.
-            Relative audio paths are relative to the folder. (Of JSON Lines, `stream_source` takes rows of any columns.)
-        columns: the schema's name of a column -> the data's own, where they differ.
-        name, split: configuration and split of the Hub's data set.
-
-    Raises:
-        ManifestError: if there is no such source, it is of another kind, it is empty, or it lacks the column `audio`.
-    """
-    path = Path(source)
-    try:
-        if path.exists():
-            kind, files = _shards(path)
-            rows = datasets.load_dataset(kind, data_files=files, split="train", streaming=True)
-        else:
-            rows = datasets.load_dataset(source, name, split=split, streaming=True)
-        rows = undecoded(rows)
-        if columns:
-            known = rows.column_names or list(next(iter(rows.take(1)), {}))
-            given = [name for name in columns.values() if name in known]  # not parts of columns
-            rows = rows.map(partial(renamed, columns=columns), remove_columns=given)
-        folder = path if path.is_dir() else path.parent
-        rows = rows.map(partial(_located, folder=str(folder) if path.exists() else None))
-        first = next(iter(rows.take(1)), None)
-    except ManifestError:
-        raise
-    except Exception as error:  # of many kinds: the network's, the file system's, Arrow's
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        where = "" if path.exists() else "is no file or folder here, and as a data set of the Hub "
-        raise ManifestError(f"{source} {where}cannot be read: {cause}") from error
-    if first is None:
-        raise ManifestError(f"{source} holds no rows. Give another.")
-    if first.get("audio") is None:
-        raise ManifestError(
-            f"{source} has no column `audio`, but {', '.join(map(repr, first))}. Name it: "
-            '--columns \'{"audio": "..."}\'.'
-        )
-    return rows
-
-
-def _shards(path: Path) -> tuple[str, list[str]]:
-    """The kind of the data files at `path`, and the files."""
-    builders = {".parquet": "parquet", ".jsonl": "json"}
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in builders)
-    kinds = {builders.get(file.suffix) for file in files}
-    if len(kinds) != 1 or None in kinds:
-        raise ManifestError(f"{path} must be, or hold, .parquet files or .jsonl files, and not both, to be a stream.")
-    return kinds.pop(), [str(file) for file in files]
-
-
-def _located(row: Row, folder: str | None) -> Row:
-    """The row as `_checked` has it; of the Hub (`folder` is `None`), as `with_seconds` has it."""
-    try:
-        row = with_seconds(row) if folder is None else _segmented(_with_lists(row))
-    except ManifestError as error:
-        audio = row.get("audio")
-        name = row.get("id") or (audio.get("path") if isinstance(audio, dict) else audio)  # its bytes are no name
-        return {**row, "set_aside": {"reason": f"{name}: {error}", "kind": "malformed row"}}
-    return row if folder is None else {**row, "audio": located_audio(row.get("audio"), folder)}
 
 
 def renamed(row: Row, columns: dict[str, str]) -> Row:
@@ -357,13 +294,17 @@ def undecoded(rows: Any) -> Any:
     for name, feature in features.items():
         if isinstance(feature, datasets.Audio) and feature.decode:
             rows = rows.cast_column(name, datasets.Audio(sampling_rate=feature.sampling_rate, decode=False))
-    classes = {name: feature for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
+    classes = _classes(features)
     if not classes:
         return rows
     if isinstance(rows, datasets.IterableDataset):
         named = datasets.Features({**rows.features, **dict.fromkeys(classes, datasets.Value("string"))})
         return rows.map(partial(_with_class_names, classes=classes), features=named)
     return (_with_class_names(row, classes) for row in rows)
+
+
+def _classes(features: dict[str, Any]) -> dict[str, datasets.ClassLabel]:
+    return {name: feature for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
 
 
 def _with_class_names(row: Row, classes: dict[str, datasets.ClassLabel]) -> Row:
@@ -417,12 +358,25 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    from pyarrow import ArrowInvalid
-    from pyarrow.parquet import ParquetFile
-
+    """Classes have their names. Of a file that is broken in the middle, the other groups of rows are read."""
     try:
-        rows = (row for batch in ParquetFile(path).iter_batches(1000) for row in batch.to_pylist())
-        for number, row in enumerate(rows, 1):
-            yield f"row {number}", {name: value for name, value in row.items() if value is not None}
-    except ArrowInvalid as error:
+        file = ParquetFile(path)
+        described = b"huggingface" in (file.schema_arrow.metadata or {})  # by `datasets`, which wrote it
+        classes = _classes(datasets.Features.from_arrow_schema(file.schema_arrow)) if described else {}
+    except ArrowException as error:
         raise ManifestError(f"{path} is not a Parquet file that can be read ({error}). Write it again.") from None
+    begin = 0
+    for group in range(file.num_row_groups):
+        number = begin
+        end = begin + file.metadata.row_group(group).num_rows
+        try:
+            for batch in file.iter_batches(100, row_groups=[group]):  # rows may hold audio
+                for row in batch.to_pylist():
+                    number += 1
+                    row = _with_class_names(row, classes)
+                    yield f"row {number}", {name: value for name, value in row.items() if value is not None}
+        except (ArrowException, OSError) as error:
+            place = f"rows {number + 1} to {end}"
+            reason = f"{path}, {place} cannot be read ({error}). Write the file again."
+            yield place, SetAside(f"{path}, {place}", reason, BROKEN)
+        begin = end

@@ -28,10 +28,10 @@ from pyarrow.parquet import ParquetFile
 
 from ..audio_speechllm import AudioError
 from .checking import duration_of
-from .corpora.generic import described_size, is_saved, shards
+from .corpora.generic import described_size, hub_stream, is_saved, shards
 from .feature_cache import audio_key
 from .mixtures import PACKED, pack
-from .schema import ManifestError, Row, SetAside, audio_paths, load_stream, manifest_rows
+from .schema import BROKEN, ManifestError, Row, SetAside, audio_paths, manifest_rows
 from .sources import Source, Spec, open_source, parse_spec, wanted, within_limits
 
 
@@ -63,29 +63,24 @@ def stream_source(
     source.fraction *= fraction
     folder = source.place if os.path.isdir(source.place) else os.path.dirname(source.place)
     folder = folder if os.path.exists(source.place) else None
-    files = _files(source)
     if source.kind == "hub" and not is_saved(source.place):
-        options = {name: source.options[name] for name in ("name", "split") if name in source.options}
-        rows = load_stream(source.place, source.columns or None, **options)
-    elif source.kind in ("manifest", "manifests") and {path.suffix for path in files} == {".parquet"}:
-        rows = load_stream(source.place, source.columns or None)
-    else:  # `datasets` would have all JSON Lines of the columns of the first, and end at the first that is malformed
-        sources = [json.dumps({**asdict(source), "place": str(path)}, default=str) for path in files]
-        if source.kind in ("manifest", "manifests"):
-            _look_into(sources, folder)
-        else:
-            next(_generated(sources, folder, seed), None)  # errors of the source as a whole, now and not in a worker
-        features = PACKED if packed else None
-        return datasets.IterableDataset.from_generator(
-            _generated,
-            features=features,
-            gen_kwargs={"sources": sources, "folder": folder, "seed": seed, "packed": packed},
-        )
-    rows = rows.map(partial(_with_columns, added=source.row)) if source.row else rows
-    names = [*next(iter(rows.take(1)), {})] if packed else []  # of a typed file: all rows have them
-    if source.only or source.fraction < 1 or (source.minimum_seconds, source.maximum_seconds) != (None, None):
-        rows = rows.filter(partial(_kept, source=source, folder=folder, seed=seed))
-    return rows.map(pack, remove_columns=names, features=PACKED) if packed else rows
+        rows = hub_stream(source.place, columns=source.columns or None, **source.options)
+        rows = rows.map(partial(_with_columns, added=source.row)) if source.row else rows
+        names = [*next(iter(rows.take(1)), {})] if packed else []  # of a typed file: all rows have them
+        if source.only or source.fraction < 1 or (source.minimum_seconds, source.maximum_seconds) != (None, None):
+            rows = rows.filter(partial(_kept, source=source, folder=folder, seed=seed))
+        return rows.map(pack, remove_columns=names, features=PACKED) if packed else rows
+    # `datasets` would have all files of the columns of the first, and end at the first row that is malformed.
+    sources = [json.dumps({**asdict(source), "place": str(path)}, default=str) for path in _files(source)]
+    if source.kind in ("manifest", "manifests"):
+        _look_into(sources, folder)
+    else:  # errors of the source as a whole, now and not in a worker
+        next(_opened(Source(**json.loads(sources[0])), folder), None)
+    return datasets.IterableDataset.from_generator(
+        _generated,
+        features=PACKED if packed else None,
+        gen_kwargs={"sources": sources, "folder": folder, "seed": seed, "packed": packed},
+    )
 
 
 def _files(source: Source) -> list[Path]:
@@ -122,7 +117,7 @@ def _look_into(sources: list[str], folder: str | None) -> None:
 def _generated(sources: list[str], folder: str | None, seed: int, packed: bool = False) -> Iterator[Row]:
     for text in sources:
         source = Source(**json.loads(text))
-        for row in _opened(source, folder):
+        for row in _until_broken(source, folder):
             if isinstance(row, SetAside):
                 row = {"id": row.id, "set_aside": {"reason": row.reason, "kind": row.kind}}
             else:
@@ -131,12 +126,23 @@ def _generated(sources: list[str], folder: str | None, seed: int, packed: bool =
                 yield pack(row) if packed else row
 
 
+def _until_broken(source: Source, folder: str | None) -> Iterator[Row | SetAside]:
+    """The rows of a file, and what prevents reading it further: a file that breaks must not end a run of many hours."""
+    try:
+        yield from _opened(source, folder)
+    except ManifestError as error:
+        yield SetAside(source.place, str(error), BROKEN)
+
+
 def _with_columns(row: Row, added: dict[str, Any]) -> Row:
     return {**row, **added}
 
 
 def _kept(row: Row, source: Source, folder: str | None, seed: int) -> bool:
-    """Whether the source's options leave the row in. What is set aside has no columns to choose it by."""
+    """Whether the source's options leave the row in. What is set aside has no columns to choose it by, and a part that
+    is broken is in every fraction."""
+    if (row.get("set_aside") or {}).get("kind") == BROKEN:
+        return True
     if source.fraction < 1 and not in_part(row_name(row, folder), source.fraction, seed):
         return False
     limits = (source.minimum_seconds, source.maximum_seconds)

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import tarfile
 from collections import Counter
 
 import corpora_in_miniature as miniature
@@ -12,7 +13,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from speechllm.data.schema import ManifestError
+from speechllm.data.schema import ManifestError, manifest_rows
+from speechllm.data.sources import load_source
 from speechllm.data.stream_sources import row_name, stream_size, stream_source
 from speechllm.training import DataArguments
 
@@ -111,6 +113,68 @@ def test_json_lines_that_cannot_be_used_are_an_error_before_training(tmp_path, c
     for spec in (tmp_path, tmp_path / "0.jsonl"):
         with pytest.raises(ManifestError, match=message):
             stream_source(str(spec), fraction=0.01)
+
+
+# ---- files that are broken -------------------------------------------------------------------------------------------
+
+
+def overwritten(path, begin, content):
+    data = bytearray(path.read_bytes())
+    data[begin : begin + len(content)] = content
+    path.write_bytes(data)
+
+
+def told(stream):
+    """Texts, and causes of what is set aside."""
+    found = list(stream)
+    texts = [row["text"] for row in found if not row.get("set_aside")]
+    return texts, [row["set_aside"] for row in found if row.get("set_aside")]
+
+
+def test_parquet_with_a_broken_part_keeps_the_rest(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows(30)), path, row_group_size=10, compression="snappy")
+    column = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(1)
+    overwritten(path, column.dictionary_page_offset, b"\xff" * column.total_compressed_size)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows(2, "other")), tmp_path / "b.parquet")
+    expected = [*(f"{i}" for i in (*range(10), *range(20, 30))), "other0", "other1"]
+    found, (aside,) = told(stream_source(str(tmp_path)))
+    assert found == expected and aside["kind"] == "broken file"
+    assert "a.parquet, rows 11 to 20 cannot be read" in aside["reason"]
+    assert [row["text"] for row in manifest_rows(path) if isinstance(row, dict)] == expected[:20]
+    assert told(stream_source(str(tmp_path), fraction=1e-9)) == ([], [aside])  # whatever the fraction
+
+
+def test_a_shard_that_breaks_off_keeps_what_is_before_it_and_the_other_shards(tmp_path):
+    for i in range(4):
+        miniature.sound(tmp_path / "wav" / f"{i}.wav", 0.3, seed=i)
+    folder = miniature.write_shards(tmp_path / "shards", tmp_path)
+    with tarfile.open(folder / "00000.tar") as archive:
+        member = archive.getmembers()[-1]
+    (folder / "00000.tar").write_bytes((folder / "00000.tar").read_bytes()[: member.offset_data + member.size // 2])
+    found, (aside,) = told(stream_source(str(folder)))
+    assert found == ["text 0", "text 2", "text 3"]
+    assert (aside["kind"], "00000.tar is not a tar archive" in aside["reason"]) == ("broken file", True)
+    with pytest.raises(ManifestError, match="00000.tar is not a tar archive"):
+        load_source(str(folder))
+
+
+def test_a_table_that_breaks_off_keeps_what_is_before_it(tmp_path):
+    (tmp_path / "a.csv").write_text('audio,text\n0.wav,zero\n1.wav,"one"x\n2.wav,two\n')
+    found, (aside,) = told(stream_source(str(tmp_path / "a.csv")))
+    assert found == ["zero"] and "a.csv, near line" in aside["reason"]
+
+
+def test_parquet_files_may_differ_in_columns_and_their_classes_have_names(tmp_path):
+    for name in ("0", "b0"):
+        miniature.sound(tmp_path / f"{name}.wav", 0.3)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows(1)), tmp_path / "a.parquet")
+    voiced = datasets.Dataset.from_list([{**rows(1, "b")[0], "gender": label, "extra": 1.5} for label in (1, 0, -1)])
+    voiced = voiced.cast_column("gender", datasets.ClassLabel(names=["male", "female"]))
+    voiced.to_parquet(tmp_path / "b.parquet")
+    for found in (list(stream_source(str(tmp_path))), load_source(str(tmp_path)).rows):
+        assert [row.get("gender") for row in found] == [None, "female", "male", None]
+        assert [row.get("extra") for row in found] == [None, 1.5, 1.5, 1.5]
 
 
 # ---- mixtures --------------------------------------------------------------------------------------------------------

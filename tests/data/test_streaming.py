@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from speechllm.cli import _run
 from speechllm.data.checking import with_target
 from speechllm.data.items import AlignmentItems
-from speechllm.data.schema import ManifestError, load_rows, load_stream, undecoded
+from speechllm.data.schema import ManifestError, load_rows, undecoded
 from speechllm.data.stream_sources import stream_source
 from speechllm.data.streaming import StreamBatches, StreamReaders, strict
 from speechllm.training import DataArguments
@@ -92,7 +92,7 @@ def stream(request, tmp_path):
             ]
             table = datasets.Dataset.from_list(part).cast_column("audio", datasets.Audio(sampling_rate=16_000))
             table.to_parquet(tmp_path / f"{shard}.parquet")
-        return load_stream(str(tmp_path))
+        return stream_source(str(tmp_path))
     shards = 8 if request.param == "jsonl" else 1
     for shard in range(shards):
         (tmp_path / f"{shard}.jsonl").write_text("\n".join(map(json.dumps, rows[shard::shards])))
@@ -313,8 +313,8 @@ def test_segments_are_those_of_a_manifest(tmp_path, kind):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     else:
         datasets.Dataset.from_list(rows).to_parquet(path)
-    assert [row["audio"] for row in load_stream(str(path))] == [row["audio"] for row in load_rows(path)]
-    batch = reader(load_stream(str(path)), batch_size=3)[0]
+    assert [row["audio"] for row in stream_source(str(path))] == [row["audio"] for row in load_rows(path)]
+    batch = reader(stream_source(str(path)), batch_size=3)[0]
     assert batch["input_values_mask"].sum(-1).tolist() == [4000, 4000, 4000]
 
 
@@ -324,7 +324,7 @@ def test_a_bad_offset_is_set_aside(tmp_path):
         "".join(json.dumps({**row, "audio": "0.wav", "offset": "now"}) + "\n" for row in recorded(tmp_path))
     )
     with pytest.raises(ValueError, match="the offset is 'now'. Give seconds"):
-        reader(load_stream(str(path)))[0]
+        reader(stream_source(str(path)))[0]
 
 
 def test_buffers_hold_enough_for_all_processes():
@@ -370,22 +370,22 @@ def test_columns_are_renamed(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
     columns = {"audio": "path", "text": "sentence"}
     expected = {"audio": str(tmp_path / "a.wav"), "text": "hello", "duration": 1.0}
-    assert list(load_stream(str(tmp_path), columns)) == [expected]
+    assert list(stream_source(str(tmp_path), columns)) == [expected]
     assert load_rows(tmp_path / "a.jsonl", columns) == [{**expected, "id": expected["audio"]}]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", "hello", "must be, or hold, .parquet"),
-        ("a.jsonl", '{"text": "a"}', "no column `audio`, but 'text'"),
+        ("a.txt", "hello", "a.txt is not a manifest"),
+        ("a.jsonl", '{"text": "a"}', "no `audio`.*one of 'text', name it"),
         ("a.jsonl", "", "a.jsonl"),
-        ("a.parquet", "this is no Parquet", "a.parquet cannot be read"),
-        (None, None, "is no file or folder here"),
+        ("a.parquet", "this is no Parquet", "a.parquet is not a Parquet file that can be read"),
+        (None, None, "there is no such manifest or folder"),
     ],
 )
 def test_what_is_wrong_with_a_source(tmp_path, name, content, message):
     if name:
         (tmp_path / name).write_text(content)
     with pytest.raises(ManifestError, match=message):
-        load_stream(str(tmp_path / name) if name else "nobody/nothing")
+        stream_source(str(tmp_path / name) if name else "nobody/nothing")

@@ -5,6 +5,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,7 @@ def webdataset(folder: Path, columns: dict[str, str] | None = None) -> Iterator[
         raise ManifestError(f"{folder} holds no .tar files. Give the folder of the shards.")
     for shard in found:
         members: dict[str, dict[str, Any]] = {}
+        broken = None
         try:
             with tarfile.open(shard, "r:") as archive:
                 for member in archive:
@@ -130,12 +132,13 @@ def webdataset(folder: Path, columns: dict[str, str] | None = None) -> Iterator[
                         }
                     elif ending.lower() in ("txt", "json"):
                         row[ending.lower()] = archive.extractfile(member).read().decode("utf-8", "surrogateescape")
-        except (tarfile.TarError, OSError) as error:
-            raise ManifestError(
-                f"{shard} is not a tar archive that can be read ({error}). It must not be compressed."
-            ) from None
+        except (tarfile.TarError, OSError) as error:  # for after the rows that come before
+            members = dict([*members.items()][:-1])  # the last may lack a part
+            broken = f"{shard} is not a tar archive that can be read ({error}). It must not be compressed."
         for name, row in members.items():
             yield _shard_row(row, f"{shard.stem}/{name}", columns or {})
+        if broken:
+            raise ManifestError(broken)
 
 
 def _shard_row(parts: dict[str, Any], name: str, columns: dict[str, str]) -> Row | SetAside:
@@ -178,6 +181,42 @@ def hub(
         except ManifestError as error:
             row_name = str(row.get("id") or f"{place}, row {number}")
             yield SetAside(row_name, f"{row_name}: {error}", "malformed row")
+
+
+def hub_stream(
+    place: str, name: str = "", split: str = "train", columns: dict[str, str] | None = None
+) -> datasets.IterableDataset:
+    """As `hub`, with a shard per file, and rows that are read as they are needed, again and again. What is wrong with a
+    row stands in its `set_aside`.
+
+    Raises:
+        ManifestError: if it cannot be had, is empty, or lacks the column `audio`.
+    """
+    with _explained(place):
+        rows = undecoded(datasets.load_dataset(place, name or None, split=split, streaming=True))
+        if columns:
+            known = rows.column_names or list(next(iter(rows.take(1)), {}))
+            given = [name for name in columns.values() if name in known]  # not parts of columns
+            rows = rows.map(partial(renamed, columns=columns), remove_columns=given)
+        rows = rows.map(_with_seconds)
+        first = next(iter(rows.take(1)), None)
+    if first is None:
+        raise ManifestError(f"{place} holds no rows. Give another.")
+    if first.get("audio") is None:
+        raise ManifestError(
+            f"{place} has no column `audio`, but {', '.join(map(repr, first))}. Name it: "
+            '--columns \'{"audio": "..."}\'.'
+        )
+    return rows
+
+
+def _with_seconds(row: Row) -> Row:
+    try:
+        return with_seconds(row)
+    except ManifestError as error:
+        audio = row.get("audio")
+        name = row.get("id") or (audio.get("path") if isinstance(audio, dict) else audio)  # its bytes are no name
+        return {**row, "set_aside": {"reason": f"{name}: {error}", "kind": "malformed row"}}
 
 
 def is_saved(place: str) -> bool:
