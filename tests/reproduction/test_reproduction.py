@@ -357,8 +357,14 @@ def gpu_seen_beside_another(folder):
     return os.environ["CUDA_VISIBLE_DEVICES"]
 
 
-def test_each_job_sees_one_gpu(monkeypatch, tmp_path):
-    """One that is told of several would stop: each needs a process of its own."""
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def test_each_job_sees_one_gpu_and_keeps_to_its_share_of_the_processors(monkeypatch, tmp_path):
+    """One that is told of several GPUs would stop: each needs a process of its own."""
+    for name in THREADS:
+        monkeypatch.setenv(name, "7")
+    monkeypatch.setattr("torch.get_num_threads", lambda: 6)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert visible_gpus() == ["0", "1"]
@@ -369,6 +375,7 @@ def test_each_job_sees_one_gpu(monkeypatch, tmp_path):
         jobs = [workers.submit(gpu_seen_beside_another, tmp_path) for _ in range(2)]
         assert {job.result() for job in jobs} == {"5", "GPU-7"}
         assert workers.submit(os.getenv, "PYTORCH_NVML_BASED_CUDA_CHECK").result() == "1"
+        assert [workers.submit(os.getenv, name).result() for name in THREADS] == ["3"] * 3
     assert isinstance(executor(1), ProcessPoolExecutor)  # this process sees both
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert executor(1).submit(os.getpid).result() == os.getpid()
@@ -453,22 +460,6 @@ def test_recordings_are_units_of_their_own(tmp_path):
         row["audio"] = {"path": str(tmp_path / "a" / "1.wav"), "offset": offset, "duration": 0.1}
     units = [line["speech"] for line in predict(fine_tuning(tmp_path, held_out=rows, max_new_tokens=2))]
     assert len(set(units)) == 4 and units[0] == units[4] == units[5]
-
-
-def threads_of(cell, output):
-    return {"threads": [os.environ[name] for name in THREADS]}
-
-
-THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-
-
-def test_a_worker_keeps_to_its_share(world, tmp_path, monkeypatch):
-    for name in THREADS:
-        monkeypatch.setenv(name, "7")
-    monkeypatch.setattr("torch.get_num_threads", lambda: 6)
-    cells = cells_of(world, ["none"])
-    assert Runner(cells, tmp_path, run=threads_of, jobs=2).run()
-    assert read_result(cells[0], tmp_path)["threads"] == ["3"] * 3
 
 
 def test_a_report_that_fails_does_not_cost_the_cells(world, tmp_path, capsys):
