@@ -32,6 +32,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+from datasets.features.features import require_decoding, require_storage_embed
 from pyarrow import ArrowException
 from pyarrow.parquet import ParquetFile
 
@@ -157,7 +158,7 @@ def manifest_rows(
                 yield (
                     row
                     if isinstance(row, SetAside)
-                    else _checked(renamed(row, columns or {}), path, place, here, with_audio)
+                    else _checked(_filled(renamed(row, columns or {})), path, place, here, with_audio)
                 )
             except ManifestError as error:
                 yield SetAside(f"{path}, {place}", str(error), "malformed row")
@@ -177,6 +178,11 @@ def renamed(row: Row, columns: dict[str, str]) -> Row:
     return {**others, **{name: value for name, value in values.items() if value is not _MISSING}}
 
 
+def _filled(row: Any) -> Any:
+    """The row without empty columns: after renaming, as what is empty in the column that was meant is in no other."""
+    return {name: value for name, value in row.items() if value is not None} if isinstance(row, dict) else row
+
+
 _MISSING = object()
 
 
@@ -192,7 +198,8 @@ def _part(row: Any, name: str) -> Any:
 
 def _checked(row: Any, path: Path, place: str, folder: str | os.PathLike, with_audio: bool = True) -> Row:
     audio = row.get("audio") if isinstance(row, dict) else None
-    if with_audio and (not isinstance(audio, str | dict) or not audio):
+    samples = isinstance(audio, list) and audio and isinstance(audio[0], int | float | list)
+    if with_audio and not samples and (not isinstance(audio, str | dict | bytes) or not audio):
         others = ", ".join(map(repr, row)) if isinstance(row, dict) and "audio" not in row else ""
         hint = f" If it is one of {others}, name it: columns.audio=..." if others else ""
         raise ManifestError(f"{path}, {place}: there is no `audio`. Every row needs one (a path).{hint}")
@@ -237,7 +244,9 @@ def _segmented(row: Row) -> Row:
     row = with_seconds(row, ("duration", "offset"))
     if row.get("offset") is None or not row.get("audio"):
         return row
-    audio = row["audio"] if isinstance(row["audio"], dict) else {"path": row["audio"]}
+    audio = row["audio"]
+    if not isinstance(audio, dict):
+        audio = {"bytes" if isinstance(audio, bytes) else "path": audio}
     audio = {**audio, "offset": row["offset"], "duration": row.get("duration")}
     return {**{name: value for name, value in row.items() if name != "offset"}, "audio": audio}
 
@@ -352,31 +361,58 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
                     reason = f"{path}, {place} has more fields than the first line names. Correct the line."
                     yield place, SetAside(f"{path}, {place}", reason, "malformed row")
                 else:
-                    yield place, {name: value for name, value in row.items() if value not in (None, "")}
+                    yield place, {name: value or None for name, value in row.items()}
         except csv.Error as error:
             raise ManifestError(f"{path}, near line {reader.line_num}: {error}. Correct the line.") from None
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    """Classes have their names. Of a file that is broken in the middle, the other groups of rows are read."""
-    try:
-        file = ParquetFile(path)
-        described = b"huggingface" in (file.schema_arrow.metadata or {})  # by `datasets`, which wrote it
-        classes = _classes(datasets.Features.from_arrow_schema(file.schema_arrow)) if described else {}
-    except ArrowException as error:
-        raise ManifestError(f"{path} is not a Parquet file that can be read ({error}). Write it again.") from None
-    begin = 0
+    """Of a file that is broken in the middle, the other groups of rows are read."""
+    file = open_parquet(path)
+    features = _described(file)
+    classes = _classes(features)
+    coded = {name: feature for name, feature in features.items() if require_decoding(feature)}
+    coded = datasets.Features({name: feature for name, feature in coded.items() if not require_storage_embed(feature)})
+    end = 0
     for group in range(file.num_row_groups):
-        number = begin
-        end = begin + file.metadata.row_group(group).num_rows
+        number, end = end, end + file.metadata.row_group(group).num_rows
         try:
-            for batch in file.iter_batches(100, row_groups=[group]):  # rows may hold audio
-                for row in batch.to_pylist():
+            for batch in file.iter_batches(100, row_groups=[group]):
+                for i in range(len(batch)):
                     number += 1
-                    row = _with_class_names(row, classes)
-                    yield f"row {number}", {name: value for name, value in row.items() if value is not None}
+                    place = f"row {number}"
+                    try:
+                        row = batch.slice(i, 1).to_pylist()[0]
+                        row |= coded.decode_example({name: row[name] for name in coded})
+                        row = _with_class_names(row, classes)
+                    except (ValueError, OverflowError) as error:  # text that is not UTF-8, a class without a name
+                        row = SetAside(f"{path}, {place}", f"{path}, {place}: {error}. Correct it.", "malformed row")
+                    yield place, row
         except (ArrowException, OSError) as error:
             place = f"rows {number + 1} to {end}"
             reason = f"{path}, {place} cannot be read ({error}). Write the file again."
             yield place, SetAside(f"{path}, {place}", reason, BROKEN)
-        begin = end
+
+
+def open_parquet(path: str | os.PathLike) -> ParquetFile:
+    """A Parquet file, to be read a little at a time: rows may hold audio.
+
+    Raises:
+        ManifestError: if it is none.
+        OSError: if it cannot be opened.
+    """
+    try:
+        return ParquetFile(path, pre_buffer=False, buffer_size=2**20)
+    except (ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ManifestError(f"{path} is not a Parquet file that can be read ({error}). Write it again.") from None
+
+
+def _described(file: ParquetFile) -> dict[str, Any]:
+    """The features that `datasets` has noted in a file that it wrote, if it still understands them."""
+    try:
+        noted = b"huggingface" in (file.schema_arrow.metadata or {})
+        return datasets.Features.from_arrow_schema(file.schema_arrow) if noted else {}
+    except (ValueError, KeyError, TypeError):
+        return {}

@@ -176,7 +176,9 @@ def parse_spec(
         head, _, tail = name.partition(".")
         if name in ("columns", "row", "only") and isinstance(value, dict):
             getattr(found, name).update(value)
-        elif head in ("columns", "row", "only") and tail:
+        elif head in ("columns", "row", "only"):
+            if not tail:
+                raise ManifestError(f"{shown}: `{head}` is {value!r}. Name a column: {head}.text=..., or give a dict.")
             getattr(found, head)[tail] = value
         elif name in ("fraction", "weight", "size", "minimum_seconds", "maximum_seconds"):
             setattr(found, name, _number(value, name, shown))

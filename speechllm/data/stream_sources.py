@@ -23,15 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from pyarrow import ArrowInvalid
-from pyarrow.parquet import ParquetFile
 
 from ..audio_speechllm import AudioError
 from .checking import duration_of
 from .corpora.generic import described_size, hub_stream, is_saved, shards
 from .feature_cache import audio_key
 from .mixtures import PACKED, pack
-from .schema import BROKEN, ManifestError, Row, SetAside, audio_paths, manifest_rows
+from .schema import BROKEN, ManifestError, Row, SetAside, audio_paths, manifest_rows, open_parquet
 from .sources import Source, Spec, open_source, parse_spec, wanted, within_limits
 
 
@@ -71,7 +69,10 @@ def stream_source(
             rows = rows.filter(partial(_kept, source=source, folder=folder, seed=seed))
         return rows.map(pack, remove_columns=names, features=PACKED) if packed else rows
     # `datasets` would have all files of the columns of the first, and end at the first row that is malformed.
-    sources = [json.dumps({**asdict(source), "place": str(path)}, default=str) for path in _files(source)]
+    files = _files(source)
+    if source.kind == "manifests":  # programs that write in parallel leave files without rows
+        files = [path for path in files if path.suffix != ".parquet" or open_parquet(path).metadata.num_rows] or files
+    sources = [json.dumps({**asdict(source), "place": str(path)}, default=str) for path in files]
     if source.kind in ("manifest", "manifests"):
         _look_into(sources, folder)
     else:  # errors of the source as a whole, now and not in a worker
@@ -105,7 +106,10 @@ def _look_into(sources: list[str], folder: str | None) -> None:
     """
     aside, usable = [], False
     for text in sources:
-        for row in islice(_opened(Source(**json.loads(text)), folder), 1 if usable else LOOKED_AT):
+        source = Source(**json.loads(text))
+        if usable and source.place.endswith(".parquet"):  # its footer is read, and its first rows may be long
+            continue
+        for row in islice(_opened(source, folder), 1 if usable else LOOKED_AT):
             usable = usable or not isinstance(row, SetAside)
             if usable:
                 break
@@ -208,10 +212,7 @@ def stream_size(spec: Spec, columns: dict[str, str] | None = None) -> float:
 def _known_size(source: Source) -> int | None:
     files = _files(source)
     if all(path.suffix == ".parquet" for path in files):
-        try:
-            return None if source.only else sum(ParquetFile(path).metadata.num_rows for path in files)
-        except (ArrowInvalid, OSError) as error:
-            raise ManifestError(f"{source.spec} cannot be read as Parquet: {error}. Write it again.") from None
+        return None if source.only else sum(open_parquet(path).metadata.num_rows for path in files)
     if source.kind == "hub":
         return None if source.only else described_size(source.place, **source.options)
     if source.kind == "webdataset":

@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from speechllm.audio_speechllm import load_audio
 from speechllm.data.schema import ManifestError, manifest_rows
 from speechllm.data.sources import load_source
 from speechllm.data.stream_sources import row_name, stream_size, stream_source
@@ -145,6 +146,31 @@ def test_parquet_with_a_broken_part_keeps_the_rest(tmp_path):
     assert told(stream_source(str(tmp_path), fraction=1e-9)) == ([], [aside])  # whatever the fraction
 
 
+def test_a_value_that_cannot_be_read_costs_its_row_alone(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows(3)), path, use_dictionary=False, compression="none")
+    column = pyarrow.parquet.ParquetFile(path).metadata.row_group(0).column(1)  # the last byte of "2"
+    overwritten(path, column.data_page_offset + column.total_compressed_size - 1, b"\xff")
+    found, (aside,) = told(stream_source(str(path)))
+    assert found == ["0", "1"] and aside["kind"] == "malformed row" and "a.parquet, row 3: 'utf-8'" in aside["reason"]
+
+
+def test_a_class_without_a_name_costs_its_row_alone(tmp_path):
+    features = datasets.Features(audio=datasets.Value("string"), gender=datasets.ClassLabel(names=["male"]))
+    schema = features.arrow_schema
+    table = pyarrow.table({"audio": ["0.wav", "1.wav"], "gender": [0, 3]}, schema=schema)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    named, aside = stream_source(str(tmp_path / "a.parquet"))
+    assert named["gender"] == "male" and "row 2: " in aside["set_aside"]["reason"]
+
+
+@pytest.mark.parametrize("note", ['{"info": {"features": {"text": {"_type": "Unheard"}}}}', "{"])
+def test_a_description_that_nobody_understands_is_passed_over(tmp_path, note):
+    table = pyarrow.Table.from_pylist(rows(2)).replace_schema_metadata({"huggingface": note})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert told(stream_source(str(tmp_path))) == (["0", "1"], [])
+
+
 def test_a_shard_that_breaks_off_keeps_what_is_before_it_and_the_other_shards(tmp_path):
     for i in range(4):
         miniature.sound(tmp_path / "wav" / f"{i}.wav", 0.3, seed=i)
@@ -157,6 +183,19 @@ def test_a_shard_that_breaks_off_keeps_what_is_before_it_and_the_other_shards(tm
     assert (aside["kind"], "00000.tar is not a tar archive" in aside["reason"]) == ("broken file", True)
     with pytest.raises(ManifestError, match="00000.tar is not a tar archive"):
         load_source(str(folder))
+
+
+def test_a_header_of_a_shard_that_is_broken_is_not_its_end(tmp_path):
+    for i in range(4):
+        miniature.sound(tmp_path / "wav" / f"{i}.wav", 0.3, seed=i)
+    folder = miniature.write_shards(tmp_path / "shards", tmp_path)
+    with tarfile.open(folder / "00001.tar") as archive:
+        member = archive.getmembers()[3]
+    overwritten(folder / "00001.tar", member.offset, b"\xff" * 512)
+    found, (aside,) = told(stream_source(str(folder)))
+    assert found == ["text 0", "text 1", "text 2"] and "00001.tar is not a tar archive" in aside["reason"]
+    (folder / "00001.tar").write_bytes((folder / "00001.tar").read_bytes()[: member.offset + 100])
+    assert told(stream_source(str(folder)))[0] == found
 
 
 def test_a_table_that_breaks_off_keeps_what_is_before_it(tmp_path):
@@ -175,6 +214,57 @@ def test_parquet_files_may_differ_in_columns_and_their_classes_have_names(tmp_pa
     for found in (list(stream_source(str(tmp_path))), load_source(str(tmp_path)).rows):
         assert [row.get("gender") for row in found] == [None, "female", "male", None]
         assert [row.get("extra") for row in found] == [None, 1.5, 1.5, 1.5]
+
+
+def test_files_without_rows_are_passed_over(tmp_path):
+    table = pyarrow.Table.from_pylist(rows(2))
+    pyarrow.parquet.write_table(table.slice(0, 0), tmp_path / "a.parquet")
+    with pytest.raises(ManifestError, match="a.parquet holds no rows"):
+        stream_source(str(tmp_path))
+    pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
+    assert told(stream_source(str(tmp_path))) == (["0", "1"], [])
+
+
+def test_what_is_empty_in_the_column_that_was_meant_is_in_no_other(tmp_path):
+    data = [{"audio": "0.wav", "text": "zero", "sentence": "null"}, {"audio": "1.wav", "text": "one", "sentence": None}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(data), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, data)))
+    (tmp_path / "a.csv").write_text("audio,text,sentence\n0.wav,zero,null\n1.wav,one,\n")
+    for name in ("a.parquet", "a.jsonl", "a.csv"):
+        found = list(stream_source(f"{tmp_path / name}?columns.text=sentence"))
+        assert [row.get("text") for row in found] == ["null", None], name
+
+
+def test_audio_in_the_columns_of_parquet(tmp_path):
+    """Bytes, samples, and a part of a recording in bytes."""
+    miniature.sound(tmp_path / "a.wav", 0.3)
+    held = (tmp_path / "a.wav").read_bytes()
+    for name, audio in (("bytes", held), ("samples", [0.0, 0.5]), ("inner", {"bytes": held})):
+        pyarrow.parquet.write_table(
+            pyarrow.Table.from_pylist([{"audio": audio, "text": "a"}]), tmp_path / f"{name}.parquet"
+        )
+        (row,) = stream_source(str(tmp_path / f"{name}.parquet"))
+        assert row["audio"] == audio
+    (row,) = stream_source(f"{tmp_path / 'inner.parquet'}?columns.audio=audio.bytes")
+    assert row["audio"] == held
+    part = [{"audio": held, "text": "a", "offset": 0.1, "duration": 0.1}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(part), tmp_path / "part.parquet")
+    (row,) = stream_source(str(tmp_path / "part.parquet"))
+    assert len(load_audio(row["audio"])) == 1600
+
+
+def test_values_that_were_written_as_json_are_read_as_such(tmp_path):
+    data = datasets.Dataset.from_list(
+        [{"audio": "a.wav", "answers": [6, "six"], "extra": {"a": [1, "b"]}}], on_mixed_types="use_json"
+    )
+    data.to_parquet(tmp_path / "a.parquet")
+    (row,) = stream_source(str(tmp_path / "a.parquet"))
+    assert row["answers"] == [6, "six"] and row["extra"] == {"a": [1, "b"]}
+
+
+def test_options_that_name_no_column(tmp_path):
+    with pytest.raises(ManifestError, match="`columns` is 'x'. Name a column: columns.text="):
+        stream_source("hub:a/b?columns=x")
 
 
 # ---- mixtures --------------------------------------------------------------------------------------------------------

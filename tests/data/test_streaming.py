@@ -6,6 +6,8 @@ from collections import Counter
 from itertools import chain
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 import soundfile
 import torch
@@ -253,19 +255,32 @@ def test_a_part_is_dealt_out_to_the_readers_whole(tmp_path, processes, workers):
 
 
 @pytest.mark.parametrize("names", [["a"], ["a", "b"]])
-def test_a_resumed_reader_of_a_part_or_of_a_mixture_goes_on_exactly(tmp_path, names):
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_resumed_reader_of_a_part_or_of_a_mixture_goes_on_exactly(tmp_path, names, kind):
+    """Also over a Parquet file that is broken in the middle."""
     rows = recorded(tmp_path)
     for i, name in enumerate(names):
         (tmp_path / name).mkdir()
         for shard in range(3):
             lines = [{**row, "audio": str(tmp_path / row["audio"])} for row in rows[i * 32 : i * 32 + 32][shard::3]]
-            (tmp_path / name / f"{shard}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    options = dict(streaming=True, train_fraction=0.7, mixture_temperature=2.0, strict=True)
+            path = tmp_path / name / f"{shard}.{kind}"
+            if kind == "jsonl":
+                path.write_text("\n".join(map(json.dumps, lines)))
+                continue
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(lines), path, row_group_size=3)
+            if shard == 1:
+                column = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(1)
+                data = path.read_bytes()
+                begin, length = column.dictionary_page_offset, column.total_compressed_size
+                path.write_bytes(data[:begin] + b"\xff" * length + data[begin + length :])
+    options = dict(streaming=True, train_fraction=0.7, mixture_temperature=2.0, strict=kind == "jsonl")
 
     def batches():
         return reader(DataArguments([str(tmp_path / name) for name in names], **options).load()[0], batch_size=3)
 
-    whole = take(batches(), 16)
+    whole, reading = take(batches(), 16), batches()
+    aside = {item.kind for number in range(16) for item in reading[number]["set_aside"]}
+    assert aside == ({"broken file"} if kind == "parquet" else set())
     for stop in (1, 5, 11):
         first = batches()
         assert take(first, stop) == whole[:stop]
@@ -379,7 +394,7 @@ def test_columns_are_renamed(tmp_path):
     [
         ("a.txt", "hello", "a.txt is not a manifest"),
         ("a.jsonl", '{"text": "a"}', "no `audio`.*one of 'text', name it"),
-        ("a.jsonl", "", "a.jsonl"),
+        ("a.jsonl", "", "a.jsonl holds no rows"),
         ("a.parquet", "this is no Parquet", "a.parquet is not a Parquet file that can be read"),
         (None, None, "there is no such manifest or folder"),
     ],

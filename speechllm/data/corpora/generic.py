@@ -132,8 +132,13 @@ def webdataset(folder: Path, columns: dict[str, str] | None = None) -> Iterator[
                         }
                     elif ending.lower() in ("txt", "json"):
                         row[ending.lower()] = archive.extractfile(member).read().decode("utf-8", "surrogateescape")
-        except (tarfile.TarError, OSError) as error:  # for after the rows that come before
-            members = dict([*members.items()][:-1])  # the last may lack a part
+                archive.fileobj.seek(archive.offset)  # `tarfile` takes a header that is broken for the end
+                end = archive.fileobj.read(tarfile.BLOCKSIZE)
+                if len(end) < tarfile.BLOCKSIZE or any(end):
+                    raise tarfile.ReadError("it breaks off")
+        except (tarfile.TarError, OSError) as error:  # for after the rows that come before, as far as they are whole
+            most = max(map(len, members.values()), default=0)
+            members = {name: row for name, row in members.items() if len(row) == most}
             broken = f"{shard} is not a tar archive that can be read ({error}). It must not be compressed."
         for name, row in members.items():
             yield _shard_row(row, f"{shard.stem}/{name}", columns or {})
