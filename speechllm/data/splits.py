@@ -157,7 +157,7 @@ def split_by_cluster(
     if not 0 <= test_texts <= available:
         raise ValueError(
             f"{test_texts} test texts were asked for, but the rows hold {available} distinct texts of at least "
-            f"{minimum_words} words. Ask for fewer, or lower minimum_words."
+            f"{minimum_words} words. Ask for fewer."
         )
     order = sorted(first_rows, key=lambda cluster: min(first_rows[cluster]))
     random.Random(seed).shuffle(order)
@@ -169,8 +169,8 @@ def split_by_cluster(
             chosen.update(first_rows[cluster].values())
     if len(chosen) != test_texts:
         raise ValueError(
-            f"Whole clusters give {len(chosen)} test texts in this order, not {test_texts}. "
-            f"Ask for {len(chosen)}, try another seed, or raise the threshold ({threshold}) for smaller clusters."
+            f"Whole clusters of near-duplicates give {len(chosen)} test texts in this order, not {test_texts}. Ask for "
+            f"{len(chosen)}."
         )
     train = [row for row, cluster in zip(rows, clusters, strict=True) if cluster not in test_clusters]
     test = [row for number, row in enumerate(rows) if number in chosen]

@@ -124,7 +124,7 @@ def test_too_many_test_texts_are_refused_with_the_number_there_is():
 
 
 def test_a_number_that_whole_clusters_cannot_give_is_refused():
-    with pytest.raises(ValueError, match="Whole clusters give 1 test texts"):
+    with pytest.raises(ValueError, match="give 1 test texts in this order, not 2. Ask for 1."):
         split_by_cluster(rows_of(MENU), test_texts=2, seed=0)
 
 
