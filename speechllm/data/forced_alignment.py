@@ -269,7 +269,7 @@ def _write_lines(path: Path, rows: list[Row]) -> None:
 
 def _portable(row: Row, output: Path) -> Row:
     """The row as the manifest `output` has it: audio in its folder by the relative path, all else by the absolute one."""
-    if isinstance(row["audio"], dict):  # a segment, or the file's own bytes
+    if not isinstance(row["audio"], str | os.PathLike):  # a segment, or what is in memory
         return {**row, "audio": written_audio(row["audio"], row["id"], output)}
     audio, folder = Path(row["audio"]).resolve(), output.parent.resolve()
     inside = audio.is_relative_to(folder)

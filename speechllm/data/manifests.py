@@ -62,6 +62,10 @@ def written_audio(audio: Any, name: str, output: Path) -> Any:
     """
     if isinstance(audio, str | os.PathLike):
         return os.path.abspath(audio)
+    if isinstance(audio, list):  # samples
+        return audio
+    if isinstance(audio, bytes):
+        audio = {"bytes": audio}
     if isinstance(audio, dict) and audio.get("parts"):
         return {"parts": [written_audio(part, name, output) for part in audio["parts"]]}
     if isinstance(audio, dict) and audio.get("bytes"):

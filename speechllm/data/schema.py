@@ -193,12 +193,14 @@ def _part(row: Any, name: str) -> Any:
     if name in row:
         return row[name]
     head, dot, tail = name.partition(".")
-    return _part(row.get(head), tail) if dot else _MISSING
+    if not dot or head not in row:
+        return _MISSING
+    return None if row[head] is None else _part(row[head], tail)
 
 
 def _checked(row: Any, path: Path, place: str, folder: str | os.PathLike, with_audio: bool = True) -> Row:
     audio = row.get("audio") if isinstance(row, dict) else None
-    samples = isinstance(audio, list) and audio and isinstance(audio[0], int | float | list)
+    samples = isinstance(audio, list) and audio and isinstance(audio[0], int | float)
     if with_audio and not samples and (not isinstance(audio, str | dict | bytes) or not audio):
         others = ", ".join(map(repr, row)) if isinstance(row, dict) and "audio" not in row else ""
         hint = f" If it is one of {others}, name it: columns.audio=..." if others else ""
@@ -245,6 +247,8 @@ def _segmented(row: Row) -> Row:
     if row.get("offset") is None or not row.get("audio"):
         return row
     audio = row["audio"]
+    if isinstance(audio, list):
+        raise ManifestError("there is an `offset`, but the audio is samples. Cut them, and leave it out.")
     if not isinstance(audio, dict):
         audio = {"bytes" if isinstance(audio, bytes) else "path": audio}
     audio = {**audio, "offset": row["offset"], "duration": row.get("duration")}
@@ -355,15 +359,29 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
         options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {"strict": True}
         reader = csv.DictReader(file, **options)
         try:
-            for row in reader:
-                place = f"line {reader.line_num}"
-                if None in row:
-                    reason = f"{path}, {place} has more fields than the first line names. Correct the line."
-                    yield place, SetAside(f"{path}, {place}", reason, "malformed row")
-                else:
-                    yield place, {name: value or None for name, value in row.items()}
+            _ = reader.fieldnames  # reads the first line
         except csv.Error as error:
-            raise ManifestError(f"{path}, near line {reader.line_num}: {error}. Correct the line.") from None
+            raise ManifestError(f"{path}, line 1: {error}. Correct it.") from None
+        while True:
+            begin = reader.reader.line_num
+            try:
+                row = next(reader, None)
+            except csv.Error as error:
+                end = reader.reader.line_num
+                if end - begin > 1:  # a quotation mark that nothing closes has taken rows with it
+                    reason = f"{path}, lines {begin + 1} to {end}: {error}. Correct the first."
+                    raise ManifestError(reason) from None
+                place = f"line {end}"
+                yield place, SetAside(f"{path}, {place}", f"{path}, {place}: {error}. Correct it.", "malformed row")
+                continue
+            if row is None:
+                return
+            place = f"line {reader.line_num}"
+            if None in row:
+                reason = f"{path}, {place} has more fields than the first line names. Correct the line."
+                yield place, SetAside(f"{path}, {place}", reason, "malformed row")
+            else:
+                yield place, {name: value or None for name, value in row.items()}
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -398,14 +416,13 @@ def open_parquet(path: str | os.PathLike) -> ParquetFile:
     """A Parquet file, to be read a little at a time: rows may hold audio.
 
     Raises:
-        ManifestError: if it is none.
-        OSError: if it cannot be opened.
+        ManifestError: if it is none, or cannot be opened.
     """
     try:
         return ParquetFile(path, pre_buffer=False, buffer_size=2**20)
     except (ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise
+            raise ManifestError(f"{path} cannot be read: {os.strerror(error.errno)}. Check its permissions.") from None
         raise ManifestError(f"{path} is not a Parquet file that can be read ({error}). Write it again.") from None
 
 
@@ -414,5 +431,5 @@ def _described(file: ParquetFile) -> dict[str, Any]:
     try:
         noted = b"huggingface" in (file.schema_arrow.metadata or {})
         return datasets.Features.from_arrow_schema(file.schema_arrow) if noted else {}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return {}

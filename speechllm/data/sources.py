@@ -40,7 +40,7 @@ from .corpora.must_c import must_c, must_she
 from .corpora.reading import several
 from .corpora.spoken_squad import spoken_squad
 from .mixtures import fraction_of
-from .schema import ManifestError, Row, SetAside, manifest_rows
+from .schema import ManifestError, Row, SetAside, manifest_rows, open_parquet
 
 
 Spec = str | dict[str, Any]
@@ -134,7 +134,7 @@ def open_source(source: Source, with_audio: bool = True) -> Iterator[Row | SetAs
     if source.kind == "manifest":
         rows = manifest_rows(source.place, source.columns, with_audio=with_audio)
     elif source.kind == "manifests":
-        files = sorted(path for path in Path(source.place).rglob("*") if path.suffix in (".jsonl", ".parquet"))
+        files = manifest_files(Path(source.place))
         rows = (row for file in files for row in manifest_rows(file, source.columns, source.place, with_audio))
     else:
         named = {"columns": source.columns} if source.columns else {}
@@ -143,6 +143,17 @@ def open_source(source: Source, with_audio: bool = True) -> Iterator[Row | SetAs
     for row in rows:
         if isinstance(row, SetAside) or wanted(row := {**row, **source.row}, source.only):
             yield row
+
+
+def manifest_files(folder: Path) -> list[Path]:
+    """The manifests in a folder. Of Parquet files, programs that write in parallel leave some without rows, which are left
+    out unless there are no others.
+
+    Raises:
+        ManifestError: if a Parquet file is none.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".jsonl", ".parquet"))
+    return [path for path in files if path.suffix != ".parquet" or open_parquet(path).metadata.num_rows] or files
 
 
 def wanted(row: Row, only: dict[str, str]) -> bool:

@@ -170,7 +170,7 @@ def split_by_cluster(
     if len(chosen) != test_texts:
         raise ValueError(
             f"Whole clusters of near-duplicates give {len(chosen)} test texts in this order, not {test_texts}. Ask for "
-            f"{len(chosen)}."
+            f"{len(chosen) or 'more'}."
         )
     train = [row for row, cluster in zip(rows, clusters, strict=True) if cluster not in test_clusters]
     test = [row for number, row in enumerate(rows) if number in chosen]

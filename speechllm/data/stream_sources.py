@@ -30,7 +30,7 @@ from .corpora.generic import described_size, hub_stream, is_saved, shards
 from .feature_cache import audio_key
 from .mixtures import PACKED, pack
 from .schema import BROKEN, ManifestError, Row, SetAside, audio_paths, manifest_rows, open_parquet
-from .sources import Source, Spec, open_source, parse_spec, wanted, within_limits
+from .sources import Source, Spec, manifest_files, open_source, parse_spec, wanted, within_limits
 
 
 LOOKED_AT = 100  # rows of a file of a manifest, before it is read as a stream
@@ -68,11 +68,8 @@ def stream_source(
         if source.only or source.fraction < 1 or (source.minimum_seconds, source.maximum_seconds) != (None, None):
             rows = rows.filter(partial(_kept, source=source, folder=folder, seed=seed))
         return rows.map(pack, remove_columns=names, features=PACKED) if packed else rows
-    # `datasets` would have all files of the columns of the first, and end at the first row that is malformed.
-    files = _files(source)
-    if source.kind == "manifests":  # programs that write in parallel leave files without rows
-        files = [path for path in files if path.suffix != ".parquet" or open_parquet(path).metadata.num_rows] or files
-    sources = [json.dumps({**asdict(source), "place": str(path)}, default=str) for path in files]
+    # `datasets` would give all files the columns of the first, and end at the first row that is malformed.
+    sources = [json.dumps({**asdict(source), "place": str(path)}, default=str) for path in _files(source)]
     if source.kind in ("manifest", "manifests"):
         _look_into(sources, folder)
     else:  # errors of the source as a whole, now and not in a worker
@@ -88,7 +85,7 @@ def _files(source: Source) -> list[Path]:
     """What are shards of the stream: the files of a folder of manifests or of WebDataset shards, or the place itself."""
     place = Path(source.place)
     if source.kind == "manifests":
-        return sorted(path for path in place.rglob("*") if path.suffix in (".jsonl", ".parquet"))
+        return manifest_files(place)
     return (source.kind == "webdataset" and shards(place)) or [place]
 
 
@@ -131,10 +128,16 @@ def _generated(sources: list[str], folder: str | None, seed: int, packed: bool =
 
 
 def _until_broken(source: Source, folder: str | None) -> Iterator[Row | SetAside]:
-    """The rows of a file, and what prevents reading it further: a file that breaks must not end a run of many hours."""
+    """The rows of a file, and what prevents reading it further: a file that breaks must not end a run of many hours.
+
+    Raises:
+        ManifestError: if a part of a corpus is not there.
+    """
     try:
         yield from _opened(source, folder)
     except ManifestError as error:
+        if source.kind not in ("manifest", "manifests", "webdataset"):
+            raise
         yield SetAside(source.place, str(error), BROKEN)
 
 

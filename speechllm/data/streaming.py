@@ -10,7 +10,7 @@
 
 Every batch says where its reader goes on: the stream's own state at the start of the buffer, the rows that were left
 over from earlier ones, and which of the buffer's batches are done. From there come exactly the batches that are still
-due, at the cost of reading one buffer again, and the file, or the corpus, so far (without decoding its audio).
+due, at the cost of reading one buffer again, and the local file or corpus so far (without decoding audio).
 """
 
 import copy

@@ -14,7 +14,9 @@ import pyarrow.parquet
 import pytest
 
 from speechllm.audio_speechllm import load_audio
-from speechllm.data.schema import ManifestError, manifest_rows
+from speechllm.data.forced_alignment import align_manifest
+from speechllm.data.manifests import write_sources
+from speechllm.data.schema import ManifestError, load_rows, manifest_rows
 from speechllm.data.sources import load_source
 from speechllm.data.stream_sources import row_name, stream_size, stream_source
 from speechllm.training import DataArguments
@@ -164,7 +166,9 @@ def test_a_class_without_a_name_costs_its_row_alone(tmp_path):
     assert named["gender"] == "male" and "row 2: " in aside["set_aside"]["reason"]
 
 
-@pytest.mark.parametrize("note", ['{"info": {"features": {"text": {"_type": "Unheard"}}}}', "{"])
+@pytest.mark.parametrize(
+    "note", ['{"info": {"features": {"text": {"_type": "Unheard"}}}}', '{"info": {"features": {"text": "x"}}}', "{"]
+)
 def test_a_description_that_nobody_understands_is_passed_over(tmp_path, note):
     table = pyarrow.Table.from_pylist(rows(2)).replace_schema_metadata({"huggingface": note})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
@@ -198,10 +202,46 @@ def test_a_header_of_a_shard_that_is_broken_is_not_its_end(tmp_path):
     assert told(stream_source(str(folder)))[0] == found
 
 
-def test_a_table_that_breaks_off_keeps_what_is_before_it(tmp_path):
+def test_rows_of_a_shard_that_breaks_off_need_not_have_all_parts(tmp_path):
+    """The last may lack one; those before are as they were written."""
+    miniature.sound(tmp_path / "a.wav", 0.3)
+    shard = tmp_path / "a.tar"
+    with tarfile.open(shard, "w") as archive:
+        for i in range(3):
+            archive.add(tmp_path / "a.wav", f"{i}.wav")
+            (tmp_path / "text").write_text(f"text {i}")
+            archive.add(tmp_path / "text", f"{i}.txt")
+            if i == 0:
+                (tmp_path / "json").write_text('{"language": "en"}')
+                archive.add(tmp_path / "json", f"{i}.json")
+        end = archive.offset
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: end - 700])  # in the text of the last
+    found, (aside,) = told(stream_source(str(shard)))
+    assert found == ["text 0", "text 1"] and aside["kind"] == "broken file"
+    shard.write_bytes(whole[:end])  # as programs write it that leave out the empty blocks at the end
+    assert told(stream_source(str(shard))) == (["text 0", "text 1", "text 2"], [])
+
+
+def test_a_line_of_a_table_that_cannot_be_read_costs_its_row_alone(tmp_path):
     (tmp_path / "a.csv").write_text('audio,text\n0.wav,zero\n1.wav,"one"x\n2.wav,two\n')
     found, (aside,) = told(stream_source(str(tmp_path / "a.csv")))
-    assert found == ["zero"] and "a.csv, near line" in aside["reason"]
+    assert found == ["zero", "two"] and "a.csv, line 3: " in aside["reason"]
+
+
+def test_a_quotation_mark_that_nothing_closes_breaks_a_table(tmp_path):
+    (tmp_path / "a.csv").write_text('audio,text\n0.wav,zero\n1.wav,"one\n2.wav,two\n3.wav,three\n')
+    found, (aside,) = told(stream_source(str(tmp_path / "a.csv")))
+    assert found == ["zero"] and aside["kind"] == "broken file" and "a.csv, lines 3 to 5: " in aside["reason"]
+    with pytest.raises(ManifestError, match="lines 3 to 5"):
+        load_source(str(tmp_path / "a.csv"))
+
+
+def test_a_part_of_a_corpus_that_is_not_there_is_no_broken_file(tmp_path):
+    miniature.librispeech(tmp_path)
+    stream = stream_source(f"librispeech:{tmp_path}?split=dev-clean,dev-misspelt")
+    with pytest.raises(ManifestError, match="dev-misspelt: there is no such folder"):
+        list(stream)
 
 
 def test_parquet_files_may_differ_in_columns_and_their_classes_have_names(tmp_path):
@@ -223,6 +263,11 @@ def test_files_without_rows_are_passed_over(tmp_path):
         stream_source(str(tmp_path))
     pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
     assert told(stream_source(str(tmp_path))) == (["0", "1"], [])
+    assert len(load_source(str(tmp_path), for_training=False, with_audio=False).rows) == 2
+    assert stream_size(str(tmp_path)) == 2
+    (tmp_path / "c.parquet").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ManifestError, match="c.parquet cannot be read: No such file"):
+        stream_source(str(tmp_path))
 
 
 def test_what_is_empty_in_the_column_that_was_meant_is_in_no_other(tmp_path):
@@ -233,6 +278,10 @@ def test_what_is_empty_in_the_column_that_was_meant_is_in_no_other(tmp_path):
     for name in ("a.parquet", "a.jsonl", "a.csv"):
         found = list(stream_source(f"{tmp_path / name}?columns.text=sentence"))
         assert [row.get("text") for row in found] == ["null", None], name
+    inner = {"audio": "0.wav", "text": "own", "translation": None}
+    (tmp_path / "b.jsonl").write_text(json.dumps(inner))
+    (row,) = stream_source(f"{tmp_path / 'b.jsonl'}?columns.text=translation.en")
+    assert "text" not in row
 
 
 def test_audio_in_the_columns_of_parquet(tmp_path):
@@ -251,6 +300,22 @@ def test_audio_in_the_columns_of_parquet(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(part), tmp_path / "part.parquet")
     (row,) = stream_source(str(tmp_path / "part.parquet"))
     assert len(load_audio(row["audio"])) == 1600
+    (tmp_path / "a.jsonl").write_text(json.dumps({"audio": [0.0, 0.5], "text": "a", "offset": 0.1}))
+    with pytest.raises(ManifestError, match="line 1: there is an `offset`, but the audio is samples"):
+        stream_source(str(tmp_path / "a.jsonl"))
+
+
+def test_audio_in_memory_becomes_a_manifest(tmp_path):
+    miniature.sound(tmp_path / "a.wav", 0.3)
+    held = (tmp_path / "a.wav").read_bytes()
+    for name, audio in (("bytes", held), ("samples", load_audio(held).tolist())):
+        source, output = str(tmp_path / f"{name}.parquet"), tmp_path / name
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"audio": audio, "text": "one"}]), source)
+        list(write_sources([source], f"{output}.jsonl"))
+        align_manifest(source, f"{output}-timed.jsonl")
+        for path in (f"{output}.jsonl", f"{output}-timed.jsonl"):
+            (row,) = load_rows(path)
+            assert (load_audio(row["audio"]) == load_audio(held)).all()
 
 
 def test_values_that_were_written_as_json_are_read_as_such(tmp_path):

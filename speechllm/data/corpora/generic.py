@@ -133,13 +133,14 @@ def webdataset(folder: Path, columns: dict[str, str] | None = None) -> Iterator[
                     elif ending.lower() in ("txt", "json"):
                         row[ending.lower()] = archive.extractfile(member).read().decode("utf-8", "surrogateescape")
                 archive.fileobj.seek(archive.offset)  # `tarfile` takes a header that is broken for the end
-                end = archive.fileobj.read(tarfile.BLOCKSIZE)
-                if len(end) < tarfile.BLOCKSIZE or any(end):
+                end = archive.fileobj.read(tarfile.BLOCKSIZE)  # nothing at all in archives of some programs
+                if end and (len(end) < tarfile.BLOCKSIZE or any(end)):
                     raise tarfile.ReadError("it breaks off")
-        except (tarfile.TarError, OSError) as error:  # for after the rows that come before, as far as they are whole
+        except (tarfile.TarError, OSError) as error:  # raised below, after the rows that are whole
             most = max(map(len, members.values()), default=0)
-            members = {name: row for name, row in members.items() if len(row) == most}
-            broken = f"{shard} is not a tar archive that can be read ({error}). It must not be compressed."
+            if members and len(members[last := next(reversed(members))]) < most:
+                del members[last]
+            broken = f"{shard} is not a tar archive that can be read ({error}). Write it again, not compressed."
         for name, row in members.items():
             yield _shard_row(row, f"{shard.stem}/{name}", columns or {})
         if broken:
